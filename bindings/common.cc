@@ -1,0 +1,92 @@
+#include "bindings/common.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <thread>
+
+namespace jaxkern {
+namespace {
+
+// Shared by the caller and its helpers; a helper that starts after the work is done finds none and touches nothing
+// else.
+struct Work {
+  cpu::Threads::Task task;
+  void* context;
+  int64_t tasks;
+  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> done{0};
+
+  void run() {
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
+      task(context, i);
+      done.fetch_add(1, std::memory_order_release);
+    }
+  }
+};
+
+void run_on_pool(void* pool_pointer, int64_t tasks, cpu::Threads::Task task, void* context) {
+  auto& pool = *static_cast<ffi::ThreadPool*>(pool_pointer);
+  auto work = std::make_shared<Work>();
+  work->task = task;
+  work->context = context;
+  work->tasks = tasks;
+  int64_t helpers = std::min(pool.num_threads(), tasks) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work->run(); });
+  work->run();
+  // Only tasks that a helper has begun are still open, so this wait is short and cannot deadlock.
+  for (int spins = 0; work->done.load(std::memory_order_acquire) < tasks; ++spins)
+    if (spins > 1000) std::this_thread::yield();
+}
+
+std::string describe(ffi::Span<const int64_t> dims) {
+  std::string text = "[";
+  for (size_t i = 0; i < dims.size(); ++i) text += (i ? "," : "") + std::to_string(dims[i]);
+  return text + "]";
+}
+
+}  // namespace
+
+cpu::Threads threads_of(ffi::ThreadPool& pool) { return {&pool, run_on_pool, pool.num_threads()}; }
+
+cpu::DType dtype_of(ffi::DataType type) {
+  switch (type) {
+    case ffi::DataType::BF16:
+      return cpu::DType::bf16;
+    case ffi::DataType::F16:
+      return cpu::DType::f16;
+    case ffi::DataType::F8E4M3FN:
+      return cpu::DType::e4m3;
+    case ffi::DataType::F8E8M0FNU:
+      return cpu::DType::e8m0;
+    default:
+      return cpu::DType::f32;
+  }
+}
+
+void Check::rank(const char* name, const Buffer& buffer, size_t rank) {
+  if (buffer.dimensions().size() != rank)
+    fail(std::string(name) + " must have rank " + std::to_string(rank) + ", got " + describe(buffer.dimensions()));
+}
+
+void Check::shape(const char* name, const Buffer& buffer, std::initializer_list<int64_t> expected) {
+  auto dims = buffer.dimensions();
+  if (!std::equal(dims.begin(), dims.end(), expected.begin(), expected.end()))
+    fail(std::string(name) + " must have shape " + describe({expected.begin(), expected.size()}) + ", got " +
+         describe(dims));
+}
+
+void Check::dtype(const char* name, const Buffer& buffer, std::initializer_list<ffi::DataType> allowed) {
+  if (std::find(allowed.begin(), allowed.end(), buffer.element_type()) == allowed.end())
+    fail(std::string(name) + " has a dtype that this op does not take");
+}
+
+void Check::that(bool holds, const char* message) {
+  if (!holds) fail(message);
+}
+
+void Check::fail(const std::string& message) {
+  if (!failed()) error_ = ffi::Error::InvalidArgument(std::string(op_) + ": " + message);
+}
+
+}  // namespace jaxkern

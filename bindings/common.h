@@ -1,0 +1,48 @@
+// What every handler needs: XLA's thread pool as cpu::Threads, dtypes, and checks of buffers.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+
+#include "cpu/threads.h"
+#include "cpu/types.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jaxkern {
+
+namespace ffi = xla::ffi;
+
+using Buffer = ffi::AnyBuffer;
+using Result = ffi::Result<ffi::AnyBuffer>;
+
+// XLA's pool lent to a kernel. The caller works too, so a pool whose threads are all busy only costs speed.
+cpu::Threads threads_of(ffi::ThreadPool& pool);
+
+// The kernels' name of a dtype. Only for dtypes that a Check let pass.
+cpu::DType dtype_of(ffi::DataType type);
+
+inline int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+// Checks of one call, remembering the first failure: "gemm: b must have shape [4,8], got [4,9]". Python has checked all
+// of this while tracing; an exported module or another caller of the target has not.
+class Check {
+ public:
+  explicit Check(const char* op) : op_(op) {}
+
+  void rank(const char* name, const Buffer& buffer, size_t rank);
+  void shape(const char* name, const Buffer& buffer, std::initializer_list<int64_t> expected);
+  void dtype(const char* name, const Buffer& buffer, std::initializer_list<ffi::DataType> allowed);
+  void that(bool holds, const char* message);
+
+  bool failed() const { return error_.failure(); }
+  ffi::Error error() const { return error_; }
+
+ private:
+  void fail(const std::string& message);
+
+  const char* op_;
+  ffi::Error error_;
+};
+
+}  // namespace jaxkern

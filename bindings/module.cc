@@ -1,0 +1,28 @@
+// The extension module jaxkern._cpu: the handlers by target name, and what Python must know before registering them.
+
+#include <nanobind/nanobind.h>
+
+#include "cpu/levels.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace nb = nanobind;
+
+// Every handler, as <name>_v<version>; its target is "jaxkern.<name>.v<version>".
+#define JAXKERN_HANDLERS(HANDLER) \
+  HANDLER(quantize, 1)            \
+  HANDLER(dequantize, 1)
+
+#define JAXKERN_DECLARE(name, version) extern "C" XLA_FFI_Error* name##_v##version(XLA_FFI_CallFrame*);
+JAXKERN_HANDLERS(JAXKERN_DECLARE)
+
+NB_MODULE(_cpu, m) {
+  m.def("handlers", [] {
+    nb::dict handlers;
+#define JAXKERN_ADD(name, version) \
+  handlers["jaxkern." #name ".v" #version] = nb::capsule(reinterpret_cast<void*>(name##_v##version));
+    JAXKERN_HANDLERS(JAXKERN_ADD)
+    return handlers;
+  });
+  m.def("api_version", [] { return nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR); });
+  m.def("simd_level", jaxkern::cpu::simd_level_name);
+}

@@ -1,0 +1,59 @@
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "cpu/levels.h"
+
+namespace jaxkern::cpu {
+namespace {
+
+constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+
+Level detect() {
+  int best = 0;
+#ifdef JAXKERN_X86
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    best = 1;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+      best = 2;
+  }
+#endif
+  if (const char* wanted = std::getenv("JAXKERN_SIMD"))
+    for (int i = 0; i < best; ++i)
+      if (std::strcmp(wanted, kNames[i]) == 0) best = i;
+  return static_cast<Level>(best);
+}
+
+struct Buffer {
+  size_t bytes = 0;
+  void* data = nullptr;
+  ~Buffer() { std::free(data); }
+};
+
+}  // namespace
+
+Level simd_level() {
+  static const Level level = detect();
+  return level;
+}
+
+const char* simd_level_name() { return kNames[static_cast<int>(simd_level())]; }
+
+void* scratch(size_t bytes, int slot) {
+  thread_local Buffer buffers[4];
+  Buffer& buffer = buffers[slot];
+  if (buffer.bytes < bytes) {
+    std::free(buffer.data);
+    buffer.bytes = (bytes + 63) / 64 * 64;
+    buffer.data = std::aligned_alloc(64, buffer.bytes);
+    if (!buffer.data) {
+      buffer.bytes = 0;
+      throw std::bad_alloc();
+    }
+  }
+  return buffer.data;
+}
+
+}  // namespace jaxkern::cpu

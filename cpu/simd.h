@@ -1,0 +1,193 @@
+// One SIMD register of float32 and its conversions, for the level that this translation unit is compiled for.
+//
+// The vectors are the compiler's own (GCC and Clang vector extensions), so +, -, *, / and comparisons are operators and
+// a * b + c is one fma where the level has it. Everything is forced inline into namespace jaxkern::cpu::<level>, so
+// that code of one level can never be linked into another.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/types.h"
+
+#ifdef JAXKERN_LEVEL_avx2
+#include <immintrin.h>
+#endif
+#ifdef JAXKERN_LEVEL_avx512
+#include <immintrin.h>
+#endif
+
+#define JAXKERN_INLINE inline __attribute__((always_inline))
+
+namespace jaxkern::cpu::JAXKERN_LEVEL {
+
+#if defined(JAXKERN_LEVEL_avx512)
+constexpr int kLanes = 16;
+#elif defined(JAXKERN_LEVEL_avx2)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float f32v __attribute__((vector_size(kLanes * 4)));
+typedef int32_t i32v __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t u32v __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t u16v __attribute__((vector_size(kLanes * 2)));
+typedef uint8_t u8v __attribute__((vector_size(kLanes)));
+
+template <typename To, typename From>
+JAXKERN_INLINE To bit_cast(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  To y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+template <typename V>
+JAXKERN_INLINE V load_raw(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+
+template <typename V>
+JAXKERN_INLINE void store_raw(void* p, V v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+JAXKERN_INLINE f32v splat(float x) { return x - f32v{}; }
+JAXKERN_INLINE u32v splat(uint32_t x) { return x - u32v{}; }
+JAXKERN_INLINE f32v select(i32v mask, f32v a, f32v b) { return mask ? a : b; }
+JAXKERN_INLINE f32v max(f32v a, f32v b) { return a > b ? a : b; }
+JAXKERN_INLINE f32v abs(f32v x) { return bit_cast<f32v>(bit_cast<u32v>(x) & splat(0x7fffffffu)); }
+
+// ---- scalar conversions; the vector ones below agree with them to the bit ----
+
+JAXKERN_INLINE float to_f32(float x) { return x; }
+JAXKERN_INLINE float to_f32(bf16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
+
+JAXKERN_INLINE float to_f32(e4m3 x) {
+  uint32_t magnitude = x.bits & 0x7fu;
+  if (magnitude == 0x7f) return bit_cast<float>(0x7fc00000u | uint32_t(x.bits & 0x80) << 24);
+  float value = magnitude < 8 ? float(magnitude) * 0x1p-9f : bit_cast<float>((magnitude << 20) + (120u << 23));
+  return x.bits & 0x80 ? -value : value;
+}
+
+JAXKERN_INLINE float to_f32(f16 x) {
+  uint32_t magnitude = x.bits & 0x7fffu;
+  float value = magnitude < 0x400    ? float(magnitude) * 0x1p-24f
+                : magnitude < 0x7c00 ? bit_cast<float>((magnitude << 13) + (112u << 23))
+                                     : bit_cast<float>((magnitude << 13) | 0x7f800000u);
+  return x.bits & 0x8000 ? -value : value;
+}
+
+// 2^-127 is a float32 denormal, which a thread may flush; it is given as its bits.
+JAXKERN_INLINE float to_f32(e8m0 x) {
+  return bit_cast<float>(x.bits == 0 ? 0x00400000u : x.bits == 255 ? 0x7fc00000u : uint32_t{x.bits} << 23);
+}
+
+// ---- a register of float32 from any storage type ----
+
+JAXKERN_INLINE f32v load(const float* p) { return load_raw<f32v>(p); }
+
+JAXKERN_INLINE f32v load(const bf16* p) {
+  return bit_cast<f32v>(__builtin_convertvector(load_raw<u16v>(p), u32v) << 16);
+}
+
+JAXKERN_INLINE f32v load(const f16* p) {
+#if defined(JAXKERN_LEVEL_avx512)
+  return (f32v)_mm512_cvtph_ps(load_raw<__m256i>(p));
+#elif defined(JAXKERN_LEVEL_avx2)
+  return (f32v)_mm256_cvtph_ps(load_raw<__m128i>(p));
+#else
+  f32v v;
+  for (int i = 0; i < kLanes; ++i) v[i] = to_f32(p[i]);
+  return v;
+#endif
+}
+
+JAXKERN_INLINE f32v load(const e4m3* p) {
+  u32v bits = __builtin_convertvector(load_raw<u8v>(p), u32v);
+  u32v magnitude = bits & 0x7f;
+  // No float32 denormals on the way: threads may flush them to zero.
+  f32v small = __builtin_convertvector(bit_cast<i32v>(magnitude), f32v) * 0x1p-9f;
+  f32v normal = bit_cast<f32v>((magnitude << 20) + (120u << 23));
+  f32v value = magnitude < 8 ? small : normal;
+  value = magnitude == 0x7f ? splat(__builtin_nanf("")) : value;
+  return bit_cast<f32v>(bit_cast<u32v>(value) | (bits & 0x80) << 24);
+}
+
+// The first n of a register, n < kLanes; the other lanes are zero.
+template <typename T>
+JAXKERN_INLINE f32v load_first(const T* p, int64_t n) {
+  T buffer[kLanes] = {};
+  std::memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+
+// ---- and back, rounding to nearest, ties to even ----
+
+JAXKERN_INLINE void store(float* p, f32v x) { store_raw(p, x); }
+
+JAXKERN_INLINE void store(bf16* p, f32v x) {
+  u32v bits = bit_cast<u32v>(x);
+  u32v rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  u32v nan = (bits >> 16) | 0x40;  // quiet, sign kept
+  rounded = (bits & 0x7fffffff) > 0x7f800000 ? nan : rounded;
+  store_raw(p, __builtin_convertvector(rounded, u16v));
+}
+
+JAXKERN_INLINE void store(f16* p, f32v x) {
+#if defined(JAXKERN_LEVEL_avx512)
+  store_raw(p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(JAXKERN_LEVEL_avx2)
+  store_raw(p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+  u32v bits = bit_cast<u32v>(x), magnitude = bits & 0x7fffffff;
+  u32v normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  f32v shifted = abs(x) + 0.5f;  // ulp 2^-24, the ulp of a float16 denormal
+  u32v small = bit_cast<u32v>(shifted) - 0x3f000000u;
+  u32v result = magnitude < (113u << 23) ? small : normal;
+  result = magnitude >= 0x477ff000u ? splat(0x7c00u) : result;
+  result = magnitude > 0x7f800000u ? splat(0x7e00u) : result;
+  store_raw(p, __builtin_convertvector(result | (bits >> 16 & 0x8000), u16v));
+#endif
+}
+
+// As ml_dtypes has it: above 464 there is no e4m3, so it becomes NaN; 448 to 464 round down to 448.
+JAXKERN_INLINE void store(e4m3* p, f32v x) {
+  u32v bits = bit_cast<u32v>(x), magnitude = bits & 0x7fffffff;
+  u32v normal = (magnitude - (120u << 23) + 0x7ffff + ((magnitude >> 20) & 1)) >> 20;
+  f32v shifted = abs(x) + 0x1p14f;  // ulp 2^-9, the ulp of an e4m3 denormal
+  u32v small = bit_cast<u32v>(shifted) - 0x46800000u;
+  u32v result = magnitude < (121u << 23) ? small : normal;
+  result = magnitude > 0x43e80000u ? splat(0x7fu) : result;  // 464
+  store_raw(p, __builtin_convertvector(result | (bits >> 24 & 0x80), u8v));
+}
+
+template <typename T>
+JAXKERN_INLINE void store_first(T* p, f32v x, int64_t n) {
+  T buffer[kLanes];
+  store(buffer, x);
+  std::memcpy(p, buffer, n * sizeof(T));
+}
+
+// ---- reductions, always in the same order ----
+
+JAXKERN_INLINE float sum(f32v x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+JAXKERN_INLINE float reduce_max(f32v x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  float m = lanes[0];
+  for (int i = 1; i < kLanes; ++i) m = lanes[i] > m ? lanes[i] : m;
+  return m;
+}
+
+}  // namespace jaxkern::cpu::JAXKERN_LEVEL

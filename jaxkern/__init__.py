@@ -1,0 +1,11 @@
+"""The DeepSeek kernel stack for JAX.
+
+Every op takes `implementation=None | "cpu" | "cuda" | "xla" | "sim"`; None is the best that the platform has.
+"""
+
+from jaxkern._ffi import DISABLE_JAX_EXPORT_CHECKS
+from jaxkern.quantize import ScaledArray, dequantize, quantize
+
+__version__ = "0.1.0"
+
+__all__ = ["DISABLE_JAX_EXPORT_CHECKS", "ScaledArray", "dequantize", "quantize"]

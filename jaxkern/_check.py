@@ -1,0 +1,57 @@
+"""Checks of arguments, raised while tracing: op, argument, what was expected, what came."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+FLOATS = (np.dtype(jnp.float32), np.dtype(jnp.bfloat16))
+INT32 = (np.dtype(np.int32),)
+
+
+class Sizes:
+    """The sizes that the arguments of one call share: the first array to name a size sets it.
+
+    >>> sizes = Sizes("gemm")
+    >>> a = sizes.check("a", a, FLOATS, "m k")
+    >>> b = sizes.check("b", b, FLOATS, "n k")  # raises if k differs
+    """
+
+    def __init__(self, op: str, **known: int):
+        self.op = op
+        self.known = known
+
+    def __getitem__(self, name: str):
+        return self.known[name]
+
+    def check(self, argument: str, x, dtypes, dims: str) -> jax.Array:
+        """`x` as an array of one of `dtypes` with the dimensions `dims`, names or numbers; raises otherwise."""
+        x = as_array(x)
+        names = dims.split()
+        allowed = [np.dtype(d) for d in dtypes]
+        expected = f"{' or '.join(d.name for d in allowed)} [{', '.join(self._describe(n) for n in names)}]"
+        if x.dtype not in allowed:
+            raise TypeError(f"{self.op}: {argument} must be {expected}, got {describe(x)}")
+        if x.ndim != len(names):
+            raise ValueError(f"{self.op}: {argument} must be {expected}, got {describe(x)}")
+        for name, size in zip(names, x.shape, strict=True):
+            if size != self._bind(name, size):
+                raise ValueError(f"{self.op}: {argument} must be {expected}, got {describe(x)}")
+        return x
+
+    def require(self, holds: bool, message: str, error: type[Exception] = ValueError):
+        if not holds:
+            raise error(f"{self.op}: {message}")
+
+    def _bind(self, name: str, size):
+        return int(name) if name.isdigit() else self.known.setdefault(name, size)
+
+    def _describe(self, name: str) -> str:
+        return f"{name}={self.known[name]}" if name in self.known else name
+
+
+def as_array(x) -> jax.Array:
+    return x if isinstance(x, jax.Array) else jnp.asarray(x)
+
+
+def describe(x) -> str:
+    return f"{x.dtype}[{','.join(map(str, x.shape))}]"

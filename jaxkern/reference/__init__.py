@@ -1,0 +1,6 @@
+"""What each op means, in plain JAX: the oracle of its tests, implementation="xla", and the fallback on platforms
+without a kernel. Written for reading; nothing here is tuned."""
+
+from jaxkern.reference.quantize import dequantize, quantize
+
+__all__ = ["dequantize", "quantize"]
