@@ -153,7 +153,7 @@ def _attribute(value):
             return value
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _compiled(primitive: Primitive, params: tuple):
     return jax.jit(lambda *arrays: primitive.bind(*arrays, **dict(params)))
 

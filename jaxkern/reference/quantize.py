@@ -11,7 +11,8 @@ def quantize(x, *, block_shape, scale_format):
     """x [b, m, k] -> values [b, m, k], scales [b, blocks, blocks]."""
     x = x.astype(jnp.float32)
     amax = block_amax(jnp.where(jnp.isfinite(x), jnp.abs(x), jnp.inf), block_shape)  # max itself may drop a NaN
-    scales = jnp.where(jnp.isfinite(amax), jnp.maximum(amax, MIN_AMAX) / FP8_MAX, jnp.nan)
+    # Not a constant divisor: XLA would multiply by 1 / 448 instead, which is one ulp off.
+    scales = jnp.maximum(amax, MIN_AMAX) / jnp.where(jnp.isfinite(amax), FP8_MAX, jnp.nan)
     if scale_format != "float32":
         scales = ceil_power_of_two(scales)
     values = (x / expand_blocks(scales, block_shape, x.shape)).astype(jnp.float8_e4m3fn)
