@@ -218,7 +218,7 @@ def test_same_bits_on_any_number_of_devices(implementation, axis_type):
 
         def layer(x, weights, w, ids, mesh=mesh):
             f = jax.shard_map(
-                lambda *a: experts_by_rank(a[0], a[3], a[1], a[2], "expert", implementation=implementation),
+                lambda x, weights, w, ids: experts_by_rank(x, ids, weights, w, "expert", implementation=implementation),
                 mesh=mesh,
                 in_specs=P("expert"),
                 out_specs=P("expert"),
