@@ -84,7 +84,7 @@ def compare(
     )
 
 
-def medians(timed: list[Callable[[], None]], seconds: float) -> list[float]:
+def medians(timed: list[Callable[[], object]], seconds: float) -> list[float]:
     """The median time of each function in milliseconds, the functions taking turns."""
     times = [[] for _ in timed]
     for f in timed:
@@ -162,6 +162,6 @@ def _on_device(args: tuple) -> tuple:
     return jax.block_until_ready(jax.tree.map(jnp.asarray, args))
 
 
-def _caller(f: Callable, args: tuple) -> Callable[[], None]:
+def _caller(f: Callable, args: tuple) -> Callable[[], object]:
     jitted = jax.jit(f)
-    return lambda: jax.block_until_ready(jitted(*args)) and None
+    return lambda: jax.block_until_ready(jitted(*args))
