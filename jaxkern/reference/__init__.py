@@ -1,6 +1,7 @@
 """What each op means, in plain JAX: the oracle of its tests, implementation="xla", and the fallback on platforms
 without a kernel. Written for reading; nothing here is tuned."""
 
+from jaxkern.reference.gemm import gemm, grouped_gemm, k_grouped_gemm
 from jaxkern.reference.quantize import dequantize, quantize
 
-__all__ = ["dequantize", "quantize"]
+__all__ = ["dequantize", "gemm", "grouped_gemm", "k_grouped_gemm", "quantize"]
