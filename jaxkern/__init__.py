@@ -4,9 +4,21 @@ Every op takes `implementation=None | "cpu" | "cuda" | "xla" | "sim"`; None is t
 """
 
 from jaxkern._ffi import DISABLE_JAX_EXPORT_CHECKS
+from jaxkern.gemm import gemm, grouped_gemm, k_grouped_gemm
 from jaxkern.moe import combine, dispatch, route
 from jaxkern.quantize import ScaledArray, dequantize, quantize
 
 __version__ = "0.1.0"
 
-__all__ = ["DISABLE_JAX_EXPORT_CHECKS", "ScaledArray", "combine", "dequantize", "dispatch", "quantize", "route"]
+__all__ = [
+    "DISABLE_JAX_EXPORT_CHECKS",
+    "ScaledArray",
+    "combine",
+    "dequantize",
+    "dispatch",
+    "gemm",
+    "grouped_gemm",
+    "k_grouped_gemm",
+    "quantize",
+    "route",
+]

@@ -1,7 +1,19 @@
 """What each op means, in plain JAX: the oracle of its tests, implementation="xla", and the fallback on platforms
 without a kernel. Written for reading; nothing here is tuned."""
 
+from jaxkern.reference.gemm import gemm, grouped_gemm, k_grouped_gemm
 from jaxkern.reference.moe import assign_slots, dot_rows, gather_rows, route, sum_rows
 from jaxkern.reference.quantize import dequantize, quantize
 
-__all__ = ["assign_slots", "dequantize", "dot_rows", "gather_rows", "quantize", "route", "sum_rows"]
+__all__ = [
+    "assign_slots",
+    "dequantize",
+    "dot_rows",
+    "gather_rows",
+    "gemm",
+    "grouped_gemm",
+    "k_grouped_gemm",
+    "quantize",
+    "route",
+    "sum_rows",
+]
