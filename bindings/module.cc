@@ -10,7 +10,8 @@ namespace nb = nanobind;
 // Every handler, as <name>_v<version>; its target is "jaxkern.<name>.v<version>".
 #define JAXKERN_HANDLERS(HANDLER) \
   HANDLER(quantize, 1)            \
-  HANDLER(dequantize, 1)
+  HANDLER(dequantize, 1)          \
+  HANDLER(mla_decode, 1)
 
 #define JAXKERN_DECLARE(name, version) extern "C" XLA_FFI_Error* name##_v##version(XLA_FFI_CallFrame*);
 JAXKERN_HANDLERS(JAXKERN_DECLARE)
