@@ -62,6 +62,22 @@ JAXKERN_INLINE f32v select(i32v mask, f32v a, f32v b) { return mask ? a : b; }
 JAXKERN_INLINE f32v max(f32v a, f32v b) { return a > b ? a : b; }
 JAXKERN_INLINE f32v abs(f32v x) { return bit_cast<f32v>(bit_cast<u32v>(x) & splat(0x7fffffffu)); }
 
+// 2^x for x < 128, within 2 ulp; 0 below 2^-126, and NaN for NaN.
+JAXKERN_INLINE f32v exp2(f32v x) {
+  f32v shifted = x + 0x1.8p23f;  // x rounded to an integer is in its low bits
+  f32v rest = x - (shifted - 0x1.8p23f);
+  f32v scale = bit_cast<f32v>((bit_cast<u32v>(shifted) << 23) + (127u << 23));
+  f32v y = splat(1.5252734e-5f);  // ln(2)^n / n!
+  y = y * rest + 1.5403530e-4f;
+  y = y * rest + 1.3333558e-3f;
+  y = y * rest + 9.6181291e-3f;
+  y = y * rest + 5.5504109e-2f;
+  y = y * rest + 2.4022651e-1f;
+  y = y * rest + 6.9314718e-1f;
+  y = y * rest + 1.0f;
+  return x < -126.0f ? f32v{} : y * scale;
+}
+
 // ---- scalar conversions; the vector ones below agree with them to the bit ----
 
 JAXKERN_INLINE float to_f32(float x) { return x; }

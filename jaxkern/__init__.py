@@ -3,8 +3,10 @@
 Every op takes `implementation=None | "cpu" | "cuda" | "xla" | "sim"`; None is the best that the platform has.
 """
 
+from jaxkern import kv_cache
 from jaxkern._ffi import DISABLE_JAX_EXPORT_CHECKS
 from jaxkern.gemm import gemm, grouped_gemm, k_grouped_gemm
+from jaxkern.mla import mla_decode, mla_prefill
 from jaxkern.moe import combine, dispatch, route
 from jaxkern.quantize import ScaledArray, dequantize, quantize
 
@@ -19,6 +21,9 @@ __all__ = [
     "gemm",
     "grouped_gemm",
     "k_grouped_gemm",
+    "kv_cache",
+    "mla_decode",
+    "mla_prefill",
     "quantize",
     "route",
 ]

@@ -2,6 +2,7 @@
 without a kernel. Written for reading; nothing here is tuned."""
 
 from jaxkern.reference.gemm import gemm, grouped_gemm, k_grouped_gemm
+from jaxkern.reference.mla import gather_pages, mla_decode, mla_prefill, mla_prefill_backward
 from jaxkern.reference.moe import assign_slots, dot_rows, gather_rows, route, sum_rows
 from jaxkern.reference.quantize import dequantize, quantize
 
@@ -9,10 +10,14 @@ __all__ = [
     "assign_slots",
     "dequantize",
     "dot_rows",
+    "gather_pages",
     "gather_rows",
     "gemm",
     "grouped_gemm",
     "k_grouped_gemm",
+    "mla_decode",
+    "mla_prefill",
+    "mla_prefill_backward",
     "quantize",
     "route",
     "sum_rows",
