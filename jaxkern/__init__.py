@@ -3,9 +3,19 @@
 Every op takes `implementation=None | "cpu" | "cuda" | "xla" | "sim"`; None is the best that the platform has.
 """
 
+from jaxkern import kv_cache
 from jaxkern._ffi import DISABLE_JAX_EXPORT_CHECKS
+from jaxkern.mla import mla_decode, mla_prefill
 from jaxkern.quantize import ScaledArray, dequantize, quantize
 
 __version__ = "0.1.0"
 
-__all__ = ["DISABLE_JAX_EXPORT_CHECKS", "ScaledArray", "dequantize", "quantize"]
+__all__ = [
+    "DISABLE_JAX_EXPORT_CHECKS",
+    "ScaledArray",
+    "dequantize",
+    "kv_cache",
+    "mla_decode",
+    "mla_prefill",
+    "quantize",
+]

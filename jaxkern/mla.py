@@ -1,0 +1,182 @@
+"""Multi-head latent attention: `mla_decode` over a paged cache of latents, `mla_prefill` of a sequence to itself."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from jaxkern import _ffi, reference
+from jaxkern._check import FLOATS, INT32, Sizes
+
+
+def mla_decode(
+    q: jax.Array,
+    cache: jax.Array,
+    block_table: jax.Array,
+    seq_lens: jax.Array,
+    *,
+    softmax_scale: float,
+    latent_dim: int = 512,
+    causal: bool = True,
+    num_splits: int | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of new tokens to a paged cache that all heads share: a key is a row of the cache, its value the row's
+    first latent_dim numbers.
+
+    Shapes and dtypes: q float32 or bfloat16 [b, s, h, d]; cache float32 or bfloat16 [p, page, d]; block_table int32
+        [b, pages]; seq_lens int32 [b]; out [b, s, h, latent_dim] in q's dtype; lse float32 [b, s, h]. DeepSeek-V3 has
+        d = 576 = 512 + 64.
+    Units: seq_lens counts tokens, the s new ones included; they must be in the cache already (`kv_cache.append`). With
+        causal, query i of s sees the keys [0, seq_len - (s - 1 - i)); without it, [0, seq_len). A page that is none of
+        the cache's holds no keys, a length beyond the table is the table's, a negative one is 0. A query without keys
+        has out 0 and lse -inf. Rows of the cache that are no key, and entries of the table past a request's length,
+        may hold anything. lse is the natural logarithm of the sum of exp(softmax_scale * q . key); sums are float32.
+    num_splits: how many parts of equal length a request is cut into, to be computed in parallel and merged in order;
+        None cuts by the request's own length. A request's result depends neither on the rest of the batch nor on the
+        number of threads.
+    Sharding: shard_map, over b (with whole requests and their pages on one device) and over h.
+    Gradient: none.
+    Implementations: cpu, xla.
+    Errors: TypeError for a dtype, ValueError for a shape, a latent_dim beyond d or num_splits below 1.
+    Source: DeepSeek-V2 report, section 2.1; FlashMLA.
+    """
+    sizes = Sizes("mla_decode")
+    q = sizes.check("q", q, FLOATS, "b s h d")
+    cache = sizes.check("cache", cache, FLOATS, "p page d")
+    block_table = sizes.check("block_table", block_table, INT32, "b pages")
+    seq_lens = sizes.check("seq_lens", seq_lens, INT32, "b")
+    sizes.require(0 < latent_dim <= sizes["d"], f"latent_dim must be from 1 to d={sizes['d']}, got {latent_dim}")
+    sizes.require(num_splits is None or num_splits >= 1, f"num_splits must be None or at least 1, got {num_splits}")
+    return _ffi.call(
+        MLA_DECODE,
+        q,
+        cache,
+        block_table,
+        seq_lens,
+        implementation=implementation,
+        softmax_scale=float(softmax_scale),
+        latent_dim=int(latent_dim),
+        causal=bool(causal),
+        num_splits=int(num_splits or 0),
+    )
+
+
+def mla_prefill(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    softmax_scale: float,
+    causal: bool = True,
+    seq_lens: jax.Array | None = None,
+    cu_seqlens: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of sequences to themselves, with keys and values of their own for each head.
+
+    Shapes and dtypes: q, k float32 or bfloat16 [b, t, h, dk] and v [b, t, h, dv], with seq_lens int32 [b] if the
+        sequences are shorter than t; or several sequences packed into one, q, k [t, h, dk] and v [t, h, dv] with
+        cu_seqlens int32 [b + 1], sequence i being the tokens [cu_seqlens[i], cu_seqlens[i + 1]). out as v in q's dtype;
+        lse float32 [b, t, h] or [t, h]. DeepSeek-V3 has dk = 192, dv = 128.
+    Units: with causal, a query sees the keys up to its own position; without it, all of its sequence. Tokens past the
+        end of the sequences may hold anything; they have out 0 and lse -inf. lse is the natural logarithm of the sum of
+        exp(softmax_scale * q . k); sums are float32. Memory is linear in t.
+    Sharding: shard_map, over b and over h.
+    Gradient: of out and lse, with respect to q, k and v.
+    Implementations: xla.
+    Errors: TypeError for a dtype, ValueError for a shape or for both seq_lens and cu_seqlens.
+    Source: DeepSeek-V2 report, section 2.1; FlashAttention-2.
+    """
+    sizes = Sizes("mla_prefill")
+    sizes.require(seq_lens is None or cu_seqlens is None, "seq_lens and cu_seqlens exclude each other")
+    packed = cu_seqlens is not None
+    dims = "t h" if packed else "b t h"
+    q = sizes.check("q", q, FLOATS, f"{dims} dk")
+    k = sizes.check("k", k, FLOATS, f"{dims} dk")
+    v = sizes.check("v", v, FLOATS, f"{dims} dv")
+    token = jnp.arange(sizes["t"], dtype=jnp.int32)
+    segments = []
+    if packed:
+        starts = sizes.check("cu_seqlens", cu_seqlens, INT32, "sequences+1")
+        sequence = (token[:, None] >= starts).sum(axis=1, dtype=jnp.int32) - 1
+        segments = [jnp.where(sequence < starts.shape[0] - 1, sequence, -1)[None]]
+        q, k, v = q[None], k[None], v[None]
+    elif seq_lens is not None:
+        seq_lens = sizes.check("seq_lens", seq_lens, INT32, "b")
+        segments = [jnp.where(token < seq_lens[:, None], 0, -1)]
+    q, k, v, *segments = _ffi.align(q, k, v, *segments)
+    if segments:
+        q, k, v = (jnp.where((segments[0] >= 0)[..., None, None], x, 0) for x in (q, k, v))
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    static = (float(softmax_scale), bool(causal), _ffi.resolve(MLA_PREFILL, implementation))
+    out, lse = _prefill(static, q, k, v, *segments)
+    out, lse = jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
+    return (out[0], lse[0]) if packed else (out, lse)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _prefill(static, *arrays):
+    softmax_scale, causal, implementation = static
+    return _ffi.call(MLA_PREFILL, *arrays, implementation=implementation, softmax_scale=softmax_scale, causal=causal)
+
+
+def _prefill_forward(static, q, k, v, *segments):
+    out, lse = _prefill(static, q, k, v, *segments)
+    return (out, lse), (q, k, v, out, lse, segments)
+
+
+def _prefill_backward(static, residuals, cotangents):
+    softmax_scale, causal, implementation = static
+    q, k, v, out, lse, segments = residuals
+    gradients = _ffi.call(
+        MLA_PREFILL_BACKWARD,
+        *_ffi.align(q, k, v, out, lse, *cotangents, *segments),
+        implementation=implementation,
+        softmax_scale=softmax_scale,
+        causal=causal,
+    )
+    return *gradients, *(None for _ in segments)
+
+
+_prefill.defvjp(_prefill_forward, _prefill_backward)
+
+
+def _decode_results(q, cache, block_table, seq_lens, *, latent_dim, **_):
+    return [((*q.shape[:3], latent_dim), q.dtype), (q.shape[:3], jnp.float32)]
+
+
+def _fold_batch(size, arrays, is_batched, **params):
+    """vmap: the new axis joins the batch; caches of their own become parts of one."""
+    q, cache, block_table, seq_lens = arrays
+    many = [x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in zip(arrays, is_batched, strict=True)]
+    if is_batched[1]:
+        p = cache.shape[1]
+        first = p * jnp.arange(size, dtype=jnp.int32)[:, None, None]
+        many[2] = jnp.where((many[2] >= 0) & (many[2] < p), many[2] + first, -1)
+        cache = cache.reshape(size * p, *cache.shape[2:])
+    q, block_table, seq_lens = (x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]) for x in (many[0], many[2], many[3]))
+    return (
+        [q, cache, block_table, seq_lens],
+        params,
+        lambda i, r: r.reshape(size, r.shape[0] // size, *r.shape[1:]),
+    )
+
+
+MLA_DECODE = _ffi.Op(
+    "mla_decode", _decode_results, reference.mla_decode, cpu=None, why="not built yet", batch=_fold_batch
+)
+MLA_PREFILL = _ffi.Op(
+    "mla_prefill",
+    lambda q, k, v, *segments, **_: [((*q.shape[:3], v.shape[3]), q.dtype), (q.shape[:3], jnp.float32)],
+    reference.mla_prefill,
+    cpu=None,
+    why="on a CPU XLA's own matrix products are as fast",
+)
+MLA_PREFILL_BACKWARD = _ffi.Op(
+    "mla_prefill_backward",
+    lambda q, k, v, *rest, **_: [(x.shape, x.dtype) for x in (q, k, v)],
+    reference.mla_prefill_backward,
+    cpu=None,
+    why="on a CPU XLA's own matrix products are as fast",
+)
