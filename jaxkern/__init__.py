@@ -6,6 +6,7 @@ Every op takes `implementation=None | "cpu" | "cuda" | "xla" | "sim"`; None is t
 from jaxkern import kv_cache
 from jaxkern._ffi import DISABLE_JAX_EXPORT_CHECKS
 from jaxkern.mla import mla_decode, mla_prefill
+from jaxkern.moe import combine, dispatch, route
 from jaxkern.quantize import ScaledArray, dequantize, quantize
 
 __version__ = "0.1.0"
@@ -13,9 +14,12 @@ __version__ = "0.1.0"
 __all__ = [
     "DISABLE_JAX_EXPORT_CHECKS",
     "ScaledArray",
+    "combine",
     "dequantize",
+    "dispatch",
     "kv_cache",
     "mla_decode",
     "mla_prefill",
     "quantize",
+    "route",
 ]

@@ -2,6 +2,19 @@
 without a kernel. Written for reading; nothing here is tuned."""
 
 from jaxkern.reference.mla import gather_pages, mla_decode, mla_prefill, mla_prefill_backward
+from jaxkern.reference.moe import assign_slots, dot_rows, gather_rows, route, sum_rows
 from jaxkern.reference.quantize import dequantize, quantize
 
-__all__ = ["dequantize", "gather_pages", "mla_decode", "mla_prefill", "mla_prefill_backward", "quantize"]
+__all__ = [
+    "assign_slots",
+    "dequantize",
+    "dot_rows",
+    "gather_pages",
+    "gather_rows",
+    "mla_decode",
+    "mla_prefill",
+    "mla_prefill_backward",
+    "quantize",
+    "route",
+    "sum_rows",
+]

@@ -80,8 +80,12 @@ class Config:
         return _from_dict(source)
 
     def to_hf(self) -> dict[str, Any]:
-        """What config.json holds for this model, in DeepSeek's spelling; what it was read from, if it was."""
-        return dict(self.source) if self.source is not None else _to_dict(self)
+        """What config.json holds for this model: what it was read from, if it was, else DeepSeek's spelling."""
+        if self.source is None:
+            return _to_dict(self)
+        if Config.from_dict(self.source) == self:
+            return dict(self.source)
+        return {**{key: value for key, value in self.source.items() if key in _NEUTRAL}, **_to_dict(self)}
 
     @property
     def qk_head_dim(self) -> int:
