@@ -61,7 +61,7 @@ class DeepseekForCausalLM(nnx.Module):
         Sharding: on `mesh`, Explicit or Auto, experts spread over all its axes and everything else replicated.
         Errors: ValueError if the devices of the mesh do not divide the experts.
         """
-        _check_mesh(config, mesh)
+        check_mesh(config, mesh)
         self.config = config
         self.mesh = mesh
         self.dtype = np.dtype(dtype)
@@ -703,7 +703,7 @@ def is_local(x) -> bool:
     return not isinstance(x, jax.Array) or x.is_fully_addressable
 
 
-def _check_mesh(config: Config, mesh: Mesh | None):
+def check_mesh(config: Config, mesh: Mesh | None):
     if mesh is not None and config.n_routed_experts % mesh.size:
         raise ValueError(
             f"DeepseekForCausalLM: the mesh's {mesh.size} devices must divide n_routed_experts "
