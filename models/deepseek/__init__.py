@@ -8,6 +8,20 @@
 from jaxkern.models.deepseek.checkpoint import from_pretrained, save_pretrained
 from jaxkern.models.deepseek.config import Config, Rope
 from jaxkern.models.deepseek.generate import generate
-from jaxkern.models.deepseek.model import DeepseekForCausalLM, RouterBias
+from jaxkern.models.deepseek.model import DeepseekForCausalLM, QuantizedWeight, RouterBias, WeightScale
+from jaxkern.models.deepseek.training import adamw, evaluate, make_train_step
 
-__all__ = ["Config", "DeepseekForCausalLM", "Rope", "RouterBias", "from_pretrained", "generate", "save_pretrained"]
+__all__ = [
+    "Config",
+    "DeepseekForCausalLM",
+    "QuantizedWeight",
+    "Rope",
+    "RouterBias",
+    "WeightScale",
+    "adamw",
+    "evaluate",
+    "from_pretrained",
+    "generate",
+    "make_train_step",
+    "save_pretrained",
+]

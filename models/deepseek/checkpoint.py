@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -25,6 +24,7 @@ from jaxkern.models.deepseek.model import (
     RouterBias,
     WeightScale,
     check_mesh,
+    fetch,
     is_spread,
 )
 
@@ -80,7 +80,11 @@ def save_pretrained(model: DeepseekForCausalLM, path, *, max_shard_bytes: int = 
     sizes = {name: slot.bytes_each for slot in slots for name in slot.names}
     sizes |= {name: tensor.nbytes for name, tensor in model.checkpoint.tensors.items()}
     shards = _plan(sizes, max_shard_bytes)
-    files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    files = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    )
     writes = jax.process_index() == 0
     if writes:
         path.mkdir(parents=True, exist_ok=True)
@@ -157,7 +161,9 @@ def _check(files: "Files", config: Config) -> list[str]:
             )
         if stored.dtype not in dtypes or stored.dtype != files[slot.names[0]].dtype:
             allowed = " or ".join(d.name for d in dtypes)
-            raise ValueError(f"{files.path}: tensor {name} must be {allowed} (experts all the same), got {stored.dtype}")
+            raise ValueError(
+                f"{files.path}: tensor {name} must be {allowed} (experts all the same), got {stored.dtype}"
+            )
     return extras
 
 
@@ -193,8 +199,7 @@ def _load(files: "Files", slot: Slot, mesh, dtype, activations) -> jax.Array:
 def _tensors(slots: list[Slot], extras: Extras):
     """(name, array) of every tensor of a model, on the host."""
     for slot in slots:
-        x = slot.value
-        x = np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
+        x = fetch(slot.value)
         yield from zip(slot.names, x if slot.spread else [x], strict=True)
     yield from extras.tensors.items()
 

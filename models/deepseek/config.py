@@ -104,9 +104,7 @@ class Config:
         return scale
 
     def is_moe(self, layer: int) -> bool:
-        return (
-            self.n_routed_experts > 0 and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
-        )
+        return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import tqdm
 
 import jaxkern
-from jaxkern.models.deepseek.model import DeepseekForCausalLM, Program, bounds, check_inputs, head, roll_rows
+from jaxkern.models.deepseek.model import DeepseekForCausalLM, Program, bounds, check_inputs, fetch, head, roll_rows
 
 
 def generate(
@@ -71,13 +71,15 @@ def generate(
     with tqdm.tqdm(total=max_new_tokens, disable=not progress, unit="token", desc="generate") as bar:
         bar.update()
         for _ in range(1, max_new_tokens):
-            if len(stops) and not np.asarray(state["active"]).any():
+            if len(stops) and not fetch(state["active"]).any():
                 break
             token, state = decode(leaves, token, state, stops, scalars)
             tokens.append(token)
+            if progress:
+                token.block_until_ready()
             bar.update()
     tokens += [token] * (max_new_tokens - len(tokens))
-    return np.stack([np.asarray(token) for token in tokens], axis=1)[:b]
+    return np.stack([fetch(token) for token in tokens], axis=1)[:b]
 
 
 @functools.lru_cache(maxsize=64)

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -697,6 +698,11 @@ def as_integers(name: str, x):
     if not (jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool):
         raise TypeError(f"{name} must be integers, got {x.dtype}")
     return x.astype(jnp.int32)
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """The whole array on the host; every process of a mesh must ask for it."""
+    return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
 
 
 def is_local(x) -> bool:
