@@ -41,18 +41,18 @@ ffi::Error route(ffi::ThreadPool pool, Buffer scores, Buffer bias, Result expert
 }
 
 ffi::Error assign_slots(ffi::ThreadPool pool, Buffer ids, Result slots, Result source, Result sizes, Result dropped,
-                        int64_t num_groups, int64_t rows, int64_t stride, int64_t alignment) {
+                        int64_t num_groups, int64_t slabs, int64_t alignment) {
   Check check("assign_slots");
   check.rank("ids", ids, 2);
+  check.rank("source", *source, 1);
   if (check.failed()) return check.error();
-  int64_t tokens = ids.dimensions()[0], top_k = ids.dimensions()[1];
+  int64_t tokens = ids.dimensions()[0], top_k = ids.dimensions()[1], rows = source->dimensions()[0];
   check.dtype("ids", ids, {S32});
   check.shape("slots", *slots, {tokens, top_k});
-  check.shape("source", *source, {rows});
   check.shape("sizes", *sizes, {num_groups});
   check.shape("dropped", *dropped, {num_groups});
   for (Result result : {slots, source, sizes, dropped}) check.dtype("a result", *result, {S32});
-  check.that(stride >= 0 && alignment > 0, "stride must be positive or zero, alignment positive");
+  check.that(num_groups > 0 && alignment > 0, "num_groups and alignment must be positive");
   if (check.failed()) return check.error();
 
   cpu::assign_slots({.ids = data<const int32_t>(ids),
@@ -63,8 +63,8 @@ ffi::Error assign_slots(ffi::ThreadPool pool, Buffer ids, Result slots, Result s
                      .assignments = tokens * top_k,
                      .num_groups = num_groups,
                      .rows = rows,
-                     .stride = stride,
-                     .alignment = alignment},
+                     .alignment = alignment,
+                     .slabs = slabs != 0},
                     threads_of(pool));
   return ffi::Error::Success();
 }
@@ -186,8 +186,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(assign_slots_v1, assign_slots,
                                   .Ret<Buffer>()
                                   .Ret<Buffer>()
                                   .Attr<int64_t>("num_groups")
-                                  .Attr<int64_t>("rows")
-                                  .Attr<int64_t>("stride")
+                                  .Attr<int64_t>("slabs")
                                   .Attr<int64_t>("alignment"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gather_rows_v1, gather_rows,
@@ -211,12 +210,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sum_rows_v1, sum_rows,
                                   .Attr<int64_t>("num_keys")
                                   .Attr<std::string_view>("out_dtype"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(dot_rows_v1, dot_rows,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    dot_rows_v1, dot_rows,
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>());
 
 }  // namespace jaxkern

@@ -8,7 +8,9 @@ namespace {
 constexpr float kInfinity = __builtin_inff();
 constexpr int64_t kBytesPerTask = 1 << 16;
 
-int64_t rows_per_task(int64_t row_bytes) { return row_bytes >= kBytesPerTask ? 1 : kBytesPerTask / (row_bytes + 1) + 1; }
+int64_t rows_per_task(int64_t row_bytes) {
+  return row_bytes >= kBytesPerTask ? 1 : kBytesPerTask / (row_bytes + 1) + 1;
+}
 
 // Calls f(begin, end) for chunks of [0, rows), about kBytesPerTask each.
 template <typename F>
@@ -200,12 +202,11 @@ void assign_slots(const AssignSlotsParams& p, const Threads&) {
   for (int64_t g = 0; g < p.num_groups; ++g) next[g] = 0;
   for (int64_t i = 0; i < p.assignments; ++i)
     if (is_assignment(p.ids[i], p.num_groups)) ++next[p.ids[i]];
-  int64_t start = 0;
+  int64_t start = 0, slab = p.rows / p.num_groups;
   for (int64_t g = 0; g < p.num_groups; ++g) {
     int64_t count = next[g];
-    if (p.stride > 0) start = g * p.stride;
-    int64_t room = p.rows - start;
-    if (p.stride > 0 && room > p.stride) room = p.stride;
+    if (p.slabs) start = g * slab;
+    int64_t room = p.slabs ? slab : p.rows - start;
     int64_t kept = room < 0 ? 0 : count < room ? count : room;
     next[g] = start;
     end[g] = start + kept;

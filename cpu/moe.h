@@ -17,15 +17,16 @@ struct RouteParams {
 };
 
 // A row for each assignment, stable within its group. ids and slots [assignments], source [rows], sizes and dropped
-// [num_groups]. stride > 0: group i has the rows from i * stride, at most stride of them; 0: groups follow one another,
-// each start rounded up to `alignment`.
+// [num_groups]. Groups follow one another, each start rounded up to `alignment`; with slabs each has the same share
+// of the rows.
 struct AssignSlotsParams {
   const int32_t* ids;
   int32_t* slots;
   int32_t* source;
   int32_t* sizes;
   int32_t* dropped;
-  int64_t assignments, num_groups, rows, stride, alignment;
+  int64_t assignments, num_groups, rows, alignment;
+  bool slabs;
 };
 
 // out[i] = x[source[i] / top_k], times weights[source[i]] if there are any; zero where source is no assignment.

@@ -5,6 +5,7 @@ Every op takes `implementation=None | "cpu" | "cuda" | "xla" | "sim"`; None is t
 
 from jaxkern import kv_cache
 from jaxkern._ffi import DISABLE_JAX_EXPORT_CHECKS
+from jaxkern.gemm import gemm, grouped_gemm, k_grouped_gemm
 from jaxkern.mla import mla_decode, mla_prefill
 from jaxkern.moe import combine, dispatch, route
 from jaxkern.quantize import ScaledArray, dequantize, quantize
@@ -17,6 +18,9 @@ __all__ = [
     "combine",
     "dequantize",
     "dispatch",
+    "gemm",
+    "grouped_gemm",
+    "k_grouped_gemm",
     "kv_cache",
     "mla_decode",
     "mla_prefill",

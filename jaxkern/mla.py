@@ -163,9 +163,7 @@ def _fold_batch(size, arrays, is_batched, **params):
     )
 
 
-MLA_DECODE = _ffi.Op(
-    "mla_decode", _decode_results, reference.mla_decode, cpu=None, why="not built yet", batch=_fold_batch
-)
+MLA_DECODE = _ffi.Op("mla_decode", _decode_results, reference.mla_decode, batch=_fold_batch)
 MLA_PREFILL = _ffi.Op(
     "mla_prefill",
     lambda q, k, v, *segments, **_: [((*q.shape[:3], v.shape[3]), q.dtype), (q.shape[:3], jnp.float32)],

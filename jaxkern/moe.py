@@ -74,7 +74,17 @@ def route(
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["group_sizes", "dropped", "weights", "slots", "keys", "source", "wire_slots", "wire_keys", "wire_source"],
+    data_fields=[
+        "group_sizes",
+        "dropped",
+        "weights",
+        "slots",
+        "keys",
+        "source",
+        "wire_slots",
+        "wire_keys",
+        "wire_source",
+    ],
     meta_fields=["axis_name", "implementation"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +162,7 @@ def dispatch(
     if axis_name:
         wire_keys = _first_of_each_rank(expert_ids, num_experts, local_experts)
         wire_slots, wire_source, _, _ = call(
-            ASSIGN_SLOTS, wire_keys, num_groups=ranks, rows=ranks * t, stride=t, alignment=1
+            ASSIGN_SLOTS, wire_keys, num_groups=ranks, rows=ranks * t, slabs=True, alignment=1
         )
         send = functools.partial(_send, wire_source, wire_slots, wire_keys, axis_name, ranks, implementation)
         empty = (wire_source < 0)[:, None]
@@ -161,12 +171,22 @@ def dispatch(
         expert_ids = _exchange(jnp.where(empty, -1, ids - first_expert), axis_name, ranks)
         x, weights = send(x), send(weights)
     slots, source, group_sizes, dropped = call(
-        ASSIGN_SLOTS, expert_ids, num_groups=local_experts, rows=rows, stride=0, alignment=expert_alignment
+        ASSIGN_SLOTS, expert_ids, num_groups=local_experts, rows=rows, slabs=False, alignment=expert_alignment
     )
     keys = jnp.where(slots < 0, -1, expert_ids)
     received = _permute(x, source, slots, keys, local_experts, implementation)
     return received, Handle(
-        group_sizes, dropped, weights, slots, keys, source, wire_slots, wire_keys, wire_source, axis_name, implementation
+        group_sizes,
+        dropped,
+        weights,
+        slots,
+        keys,
+        source,
+        wire_slots,
+        wire_keys,
+        wire_source,
+        axis_name,
+        implementation,
     )
 
 
@@ -276,7 +296,7 @@ ROUTE = _ffi.Op(
 )
 
 # expert_ids int32 [t, k] -> slots [t, k], source [rows], group_sizes [groups], dropped [groups].
-# Groups follow one another, each start rounded up to `alignment`; or, with a stride, group i starts at i * stride.
+# Groups follow one another, each start rounded up to `alignment`; with slabs each has the same share of the rows.
 ASSIGN_SLOTS = _ffi.Op(
     "assign_slots",
     lambda ids, *, num_groups, rows, **_: [
@@ -286,6 +306,7 @@ ASSIGN_SLOTS = _ffi.Op(
         ((num_groups,), jnp.int32),
     ],
     reference.assign_slots,
+    sizes=("rows",),
 )
 
 # x [t, h] of any dtype, source int32 [rows], weights float32 [t, k] or [0, 0] -> [rows, h]: row i is

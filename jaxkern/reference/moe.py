@@ -17,7 +17,7 @@ def route(scores, bias, *, num_groups, topk_groups, top_k):
     return (jax.lax.top_k(biased, top_k)[1].astype(jnp.int32),)
 
 
-def assign_slots(ids, *, num_groups, rows, stride, alignment):
+def assign_slots(ids, *, num_groups, rows, slabs, alignment):
     t, k = ids.shape
     ids = ids.reshape(t * k)
     ids = jnp.where((ids >= 0) & (ids < num_groups), ids, num_groups)  # the last group: selected nothing
@@ -27,9 +27,9 @@ def assign_slots(ids, *, num_groups, rows, stride, alignment):
     group = ids[order]
     rank_in_group = jnp.arange(t * k, dtype=jnp.int32) - (ends - counts)[group]
     counts = counts[:num_groups]
-    if stride:
-        starts = jnp.arange(num_groups, dtype=jnp.int32) * stride
-        kept = jnp.minimum(counts, jnp.clip(rows - starts, 0, stride))
+    if slabs:
+        starts = jnp.arange(num_groups, dtype=jnp.int32) * (rows // num_groups)
+        kept = jnp.minimum(counts, rows // num_groups)
     else:
         aligned = -(-counts // alignment) * alignment
         starts = jnp.cumsum(aligned) - aligned

@@ -80,11 +80,8 @@ def save_pretrained(model: DeepseekForCausalLM, path, *, max_shard_bytes: int = 
     sizes = {name: slot.bytes_each for slot in slots for name in slot.names}
     sizes |= {name: tensor.nbytes for name, tensor in model.checkpoint.tensors.items()}
     shards = _plan(sizes, max_shard_bytes)
-    files = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    )
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    files = [SINGLE] if len(shards) == 1 else files
     writes = jax.process_index() == 0
     if writes:
         path.mkdir(parents=True, exist_ok=True)

@@ -118,8 +118,8 @@ _REQUIRED = tuple(
     qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts""".split()
 )
 _REQUIRED_MOE = tuple(
-    """moe_intermediate_size n_shared_experts num_experts_per_tok n_group topk_group routed_scaling_factor norm_topk_prob
-    first_k_dense_replace""".split()
+    """moe_intermediate_size n_shared_experts num_experts_per_tok n_group topk_group routed_scaling_factor
+    norm_topk_prob first_k_dense_replace""".split()
 )
 # Keys with one supported value, which is also what an absent key means.
 _ONLY = {"hidden_act": "silu", "scoring_func": "sigmoid", "topk_method": "noaux_tc", "mlp_bias": False}

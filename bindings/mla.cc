@@ -1,0 +1,73 @@
+#include "cpu/mla.h"
+
+#include "bindings/common.h"
+
+namespace jaxkern {
+namespace {
+
+using enum ffi::DataType;
+
+ffi::Error mla_decode(ffi::ThreadPool pool, Buffer q, Buffer cache, Buffer block_table, Buffer seq_lens, Result out,
+                      Result lse, float softmax_scale, int64_t latent_dim, int64_t causal, int64_t num_splits) {
+  Check check("mla_decode");
+  check.rank("q", q, 4);
+  check.rank("cache", cache, 3);
+  check.rank("block_table", block_table, 2);
+  if (check.failed()) return check.error();
+  int64_t batch = q.dimensions()[0], queries = q.dimensions()[1], heads = q.dimensions()[2], width = q.dimensions()[3];
+  int64_t pages = cache.dimensions()[0], page = cache.dimensions()[1], table_pages = block_table.dimensions()[1];
+  check.that(latent_dim > 0 && latent_dim <= width, "latent_dim must be from 1 to q's last size");
+  check.that(num_splits >= 0, "num_splits must not be negative");
+  check.dtype("q", q, {F32, BF16});
+  check.shape("cache", cache, {pages, page, width});
+  check.dtype("cache", cache, {F32, BF16});
+  check.shape("block_table", block_table, {batch, table_pages});
+  check.dtype("block_table", block_table, {S32});
+  check.shape("seq_lens", seq_lens, {batch});
+  check.dtype("seq_lens", seq_lens, {S32});
+  check.shape("out", *out, {batch, queries, heads, latent_dim});
+  check.dtype("out", *out, {q.element_type()});
+  check.shape("lse", *lse, {batch, queries, heads});
+  check.dtype("lse", *lse, {F32});
+  if (check.failed()) return check.error();
+
+  cpu::mla_decode({.q = q.untyped_data(),
+                   .q_type = dtype_of(q.element_type()),
+                   .cache = cache.untyped_data(),
+                   .cache_type = dtype_of(cache.element_type()),
+                   .block_table = static_cast<const int32_t*>(block_table.untyped_data()),
+                   .seq_lens = static_cast<const int32_t*>(seq_lens.untyped_data()),
+                   .out = out->untyped_data(),
+                   .lse = static_cast<float*>(lse->untyped_data()),
+                   .softmax_scale = softmax_scale,
+                   .causal = causal != 0,
+                   .num_splits = num_splits,
+                   .batch = batch,
+                   .queries = queries,
+                   .heads = heads,
+                   .width = width,
+                   .latent = latent_dim,
+                   .pages = pages,
+                   .page = page,
+                   .table_pages = table_pages},
+                  threads_of(pool));
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_decode_v1, mla_decode,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Attr<float>("softmax_scale")
+                                  .Attr<int64_t>("latent_dim")
+                                  .Attr<int64_t>("causal")
+                                  .Attr<int64_t>("num_splits"));
+
+}  // namespace jaxkern
