@@ -43,6 +43,7 @@ CONFIG = deepseek.Config(
     n_group=4,
     topk_group=2,
     max_position_embeddings=512,
+    rope=deepseek.Rope(),  # plain: the context is short
 )
 
 
