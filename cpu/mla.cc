@@ -22,7 +22,7 @@ namespace jaxkern::cpu::JAXKERN_LEVEL {
 namespace {
 
 constexpr int64_t kTile = 96;     // tokens; a multiple of the tokens of every register block
-constexpr int64_t kMaxRows = 64;  // a multiple of the rows of a panel
+constexpr int64_t kMaxRows = 128;  // a multiple of the rows of a panel
 constexpr int64_t kSplitTokens = 512;
 constexpr int64_t kMaxSplits = 32;  // bounds the memory for partial results of a long request
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
@@ -301,7 +301,7 @@ void attend(const MlaDecodeParams& p, const Plan& plan, const Task& task, Softma
 //
 // Queries and keys are multiplied as they are. A weight is the sum of two bfloat16, which keep 16 bits of it.
 
-constexpr int64_t kAmxTile = 256;                     // tokens
+constexpr int64_t kAmxTile = 128;                     // tokens
 constexpr int64_t kStep = 32;                         // what one tile product sums over
 constexpr int64_t kOperand = 16 * kStep;              // numbers in a tile of bfloat16
 constexpr int64_t kAmxStride = kStep * sizeof(bf16);  // bytes of a row in a packed tile
@@ -369,32 +369,32 @@ void pack_weights_amx(const float* weights, int64_t rows, int64_t tokens, bf16* 
   }
 }
 
-// tile [token][columns] -> [columns / 16][token / 32][16 pairs of tokens][16 columns][2].
+// tile [token][columns] -> [token / 32][columns / 16][16 pairs of tokens][16 columns][2].
 void pack_values_amx(const bf16* tile, int64_t key_stride, int64_t tokens, int64_t columns, bf16* packed) {
   for (int64_t token = 0; token < tokens; token += 2) {
     const bf16 *even = tile + token * key_stride, *odd = even + key_stride;
-    bf16* to = packed + token / kStep * kOperand + token % kStep / 2 * kStep;
+    bf16* to = packed + token / kStep * kStep * columns + token % kStep / 2 * kStep;
     for (int64_t column = 0; column < columns; column += 16) {
       u32v low = __builtin_convertvector(load_raw<u16v>(even + column), u32v);
       u32v high = __builtin_convertvector(load_raw<u16v>(odd + column), u32v);
-      store_raw(to + column * tokens, low | high << 16);
+      store_raw(to + column * kStep, low | high << 16);
     }
   }
 }
 
-// acc [row][acc_stride] += weights x values, of kGroups of 16 rows and two blocks of 16 columns.
+// acc [row][columns] += weights x values, of kGroups of 16 rows and two blocks of 16 columns.
 template <int kGroups>
-JAXKERN_AMX void values_amx(const bf16* weights, const bf16* values, int64_t tokens, float* acc, int64_t acc_stride) {
-  int64_t stride = acc_stride * sizeof(float), steps = tokens / kStep;
+JAXKERN_AMX void values_amx(const bf16* weights, const bf16* values, int64_t tokens, float* acc, int64_t columns) {
+  int64_t stride = columns * sizeof(float), steps = tokens / kStep;
   JAXKERN_TILE_LOAD(0, acc, stride);
   JAXKERN_TILE_LOAD(1, acc + 16, stride);
   if constexpr (kGroups == 2) {
-    JAXKERN_TILE_LOAD(2, acc + 16 * acc_stride, stride);
-    JAXKERN_TILE_LOAD(3, acc + 16 * acc_stride + 16, stride);
+    JAXKERN_TILE_LOAD(2, acc + 16 * columns, stride);
+    JAXKERN_TILE_LOAD(3, acc + 16 * columns + 16, stride);
   }
   for (int64_t i = 0; i < steps; ++i) {
-    JAXKERN_TILE_LOAD(4, values + i * kOperand, kAmxStride);
-    JAXKERN_TILE_LOAD(5, values + (steps + i) * kOperand, kAmxStride);
+    JAXKERN_TILE_LOAD(4, values + i * kStep * columns, kAmxStride);
+    JAXKERN_TILE_LOAD(5, values + i * kStep * columns + kOperand, kAmxStride);
     for (int part = 0; part < 2; ++part) {
       JAXKERN_TILE_LOAD(6, weights + (i * 2 + part) * kOperand, kAmxStride);
       JAXKERN_TILE_PRODUCT(0, 6, 4);
@@ -409,8 +409,8 @@ JAXKERN_AMX void values_amx(const bf16* weights, const bf16* values, int64_t tok
   JAXKERN_TILE_STORE(0, acc, stride);
   JAXKERN_TILE_STORE(1, acc + 16, stride);
   if constexpr (kGroups == 2) {
-    JAXKERN_TILE_STORE(2, acc + 16 * acc_stride, stride);
-    JAXKERN_TILE_STORE(3, acc + 16 * acc_stride + 16, stride);
+    JAXKERN_TILE_STORE(2, acc + 16 * columns, stride);
+    JAXKERN_TILE_STORE(3, acc + 16 * columns + 16, stride);
   }
 }
 
@@ -438,10 +438,11 @@ JAXKERN_AMX void attend_amx(const MlaDecodeParams& p, const Plan& plan, const Ta
   for (int64_t token = task.first; token < last; token += kAmxTile) {
     int64_t count = at_most(last - token, kAmxTile), padded = round_up(count, kStep);
     load_tile<bf16>(p, task.request, token, count, padded, stride, tile, exists);
-    for (int64_t row = 0; row < rows; row += 32) {
-      auto products = row + 32 <= rows ? products_amx<2> : products_amx<1>;
-      for (int64_t i = 0; i < padded; i += 32)
+    for (int64_t i = 0; i < padded; i += 32) {
+      for (int64_t row = 0; row < rows; row += 32) {
+        auto products = row + 32 <= rows ? products_amx<2> : products_amx<1>;
         products(tile + i * stride, stride, queries + row * steps * kStep, steps, weights + i * rows + row, rows);
+      }
     }
     mask(state, rows, token, count, exists, p.softmax_scale * kLog2E, weights);
     update(state, rows, count, weights);
@@ -453,7 +454,7 @@ JAXKERN_AMX void attend_amx(const MlaDecodeParams& p, const Plan& plan, const Ta
     for (int64_t row = 0; row < rows; row += 32) {
       auto add = row + 32 <= rows ? values_amx<2> : values_amx<1>;
       for (int64_t column = 0; column < columns; column += 32)
-        add(packed_weights + row * padded * 2, values + column * padded, padded, acc + row * columns + column, columns);
+        add(packed_weights + row * padded * 2, values + column * kStep, padded, acc + row * columns + column, columns);
     }
   }
 }
