@@ -21,7 +21,7 @@
 namespace jaxkern::cpu::JAXKERN_LEVEL {
 namespace {
 
-constexpr int64_t kTile = 96;     // tokens; a multiple of the tokens of every register block
+constexpr int64_t kTile = 96;      // tokens; a multiple of the tokens of every register block
 constexpr int64_t kMaxRows = 128;  // a multiple of the rows of a panel
 constexpr int64_t kSplitTokens = 512;
 constexpr int64_t kMaxSplits = 32;  // bounds the memory for partial results of a long request
