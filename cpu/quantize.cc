@@ -16,16 +16,6 @@ JAXKERN_INLINE void for_each_register(int64_t begin, int64_t end, F f) {
   if (column < end) f(column, end - column);
 }
 
-template <typename T>
-JAXKERN_INLINE f32v load_lanes(const T* p, int64_t lanes) {
-  return lanes == kLanes ? load(p) : load_first(p, lanes);
-}
-
-template <typename T>
-JAXKERN_INLINE void store_lanes(T* p, f32v x, int64_t lanes) {
-  lanes == kLanes ? store(p, x) : store_first(p, x, lanes);
-}
-
 float scale_of(uint32_t amax_bits, bool power_of_two) {
   if (amax_bits >= 0x7f800000u) return bit_cast<float>(0x7fc00000u);  // a NaN or an infinity in the block
   float amax = bit_cast<float>(amax_bits);
@@ -114,14 +104,18 @@ void with_float_type(DType type, F f) {
 void quantize(const QuantizeParams& p, const Threads& threads) {
   int64_t tasks = p.k == 0 ? 0 : p.batch * ((p.m + p.block_m - 1) / p.block_m);
   with_float_type(p.x_type, [&](auto type) {
-    threads.for_each(tasks, [&](int64_t task) { quantize_rows<decltype(type)>(p, task); });
+    threads.for_each_chunk(tasks, p.block_m * p.k * 4, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) quantize_rows<decltype(type)>(p, task);
+    });
   });
 }
 
 void dequantize(const DequantizeParams& p, const Threads& threads) {
   int64_t tasks = p.k == 0 ? 0 : p.batch * ((p.m + p.block_m - 1) / p.block_m);
   with_float_type(p.x_type, [&](auto type) {
-    threads.for_each(tasks, [&](int64_t task) { dequantize_rows<decltype(type)>(p, task); });
+    threads.for_each_chunk(tasks, p.block_m * p.k * 4, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) dequantize_rows<decltype(type)>(p, task);
+    });
   });
 }
 

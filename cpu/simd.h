@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "cpu/types.h"
 
@@ -59,8 +60,6 @@ JAXKERN_INLINE f32v splat(float x) { return x - f32v{}; }
 JAXKERN_INLINE u32v splat(uint32_t x) { return x - u32v{}; }
 JAXKERN_INLINE f32v select(i32v mask, f32v a, f32v b) { return mask ? a : b; }
 JAXKERN_INLINE f32v max(f32v a, f32v b) { return a > b ? a : b; }
-// Lane i is lane index[i] of a and b put together.
-JAXKERN_INLINE f32v shuffle(f32v a, f32v b, i32v index) { return __builtin_shuffle(a, b, index); }
 JAXKERN_INLINE f32v abs(f32v x) { return bit_cast<f32v>(bit_cast<u32v>(x) & splat(0x7fffffffu)); }
 
 // 2^x for x < 128, within 2 ulp; 0 below 2^-126, and NaN for NaN.
@@ -77,26 +76,6 @@ JAXKERN_INLINE f32v exp2(f32v x) {
   y = y * rest + 6.9314718e-1f;
   y = y * rest + 1.0f;
   return x < -126.0f ? f32v{} : y * scale;
-}
-
-// The square of registers x[i][j] becomes x[j][i].
-JAXKERN_INLINE void transpose(f32v (&x)[kLanes]) {
-#pragma GCC unroll 4
-  for (int step = 1; step < kLanes; step *= 2) {
-    i32v low, high;
-#pragma GCC unroll 16
-    for (int j = 0; j < kLanes; ++j) {
-      low[j] = j & step ? kLanes + j - step : j;
-      high[j] = j & step ? kLanes + j : j + step;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kLanes; ++i) {
-      if (i & step) continue;
-      f32v a = x[i], b = x[i + step];
-      x[i] = shuffle(a, b, low);
-      x[i + step] = shuffle(a, b, high);
-    }
-  }
 }
 
 // ---- scalar conversions; the vector ones below agree with them to the bit ----
@@ -145,6 +124,20 @@ JAXKERN_INLINE f32v load(const f16* p) {
 }
 
 JAXKERN_INLINE f32v load(const e4m3* p) {
+#if defined(JAXKERN_LEVEL_avx512) || defined(JAXKERN_LEVEL_avx2)
+  // An e4m3's bits are those of a float16 that is 2^8 smaller, and the conversion takes float16 denormals whatever the
+  // thread flushes. Only the NaN code needs a hand.
+  typedef int16_t i16v __attribute__((vector_size(kLanes * 2)));
+  typedef int8_t i8v __attribute__((vector_size(kLanes)));
+  i16v bits = (__builtin_convertvector(load_raw<i8v>(p), i16v) << 7) & int16_t(0xbf80);
+  i16v is_nan = (bits & 0x3f80) == 0x3f80;
+  bits |= is_nan & 0x7e00;
+#if defined(JAXKERN_LEVEL_avx512)
+  return (f32v)_mm512_cvtph_ps((__m256i)bits) * 0x1p8f;
+#else
+  return (f32v)_mm256_cvtph_ps((__m128i)bits) * 0x1p8f;
+#endif
+#else
   u32v bits = __builtin_convertvector(load_raw<u8v>(p), u32v);
   u32v magnitude = bits & 0x7f;
   // No float32 denormals on the way: threads may flush them to zero.
@@ -153,6 +146,7 @@ JAXKERN_INLINE f32v load(const e4m3* p) {
   f32v value = magnitude < 8 ? small : normal;
   value = magnitude == 0x7f ? splat(__builtin_nanf("")) : value;
   return bit_cast<f32v>(bit_cast<u32v>(value) | (bits & 0x80) << 24);
+#endif
 }
 
 // The first n of a register, n < kLanes; the other lanes are zero.
@@ -161,6 +155,11 @@ JAXKERN_INLINE f32v load_first(const T* p, int64_t n) {
   T buffer[kLanes] = {};
   std::memcpy(buffer, p, n * sizeof(T));
   return load(buffer);
+}
+
+template <typename T>
+JAXKERN_INLINE f32v load_lanes(const T* p, int64_t lanes) {
+  return lanes >= kLanes ? load(p) : load_first(p, lanes);
 }
 
 // ---- and back, rounding to nearest, ties to even ----
@@ -210,15 +209,39 @@ JAXKERN_INLINE void store_first(T* p, f32v x, int64_t n) {
   std::memcpy(p, buffer, n * sizeof(T));
 }
 
+template <typename T>
+JAXKERN_INLINE void store_lanes(T* p, f32v x, int64_t lanes) {
+  lanes >= kLanes ? store(p, x) : store_first(p, x, lanes);
+}
+
+// ---- a square of registers, transposed: row i, lane j <-> row j, lane i ----
+
+template <int kStep, int... kLane>
+JAXKERN_INLINE void exchange(f32v& a, f32v& b, std::integer_sequence<int, kLane...>) {
+  f32v low = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane - kStep : kLane)...);
+  f32v high = __builtin_shufflevector(a, b, (kLane & kStep ? kLanes + kLane : kLane + kStep)...);
+  a = low;
+  b = high;
+}
+
+template <int kStep = kLanes / 2>
+JAXKERN_INLINE void transpose(f32v (&rows)[kLanes]) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & kStep)) exchange<kStep>(rows[i], rows[i + kStep], std::make_integer_sequence<int, kLanes>{});
+  if constexpr (kStep > 1) transpose<kStep / 2>(rows);
+}
+
 // ---- reductions, always in the same order ----
 
-JAXKERN_INLINE float sum(f32v x) {
-  float lanes[kLanes];
-  store(lanes, x);
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
+template <int kStep, int... kLane>
+JAXKERN_INLINE f32v add_halves(f32v x, std::integer_sequence<int, kLane...> lanes) {
+  x += __builtin_shufflevector(x, x, (kLane ^ kStep)...);
+  if constexpr (kStep > 1) x = add_halves<kStep / 2>(x, lanes);
+  return x;
 }
+
+JAXKERN_INLINE float sum(f32v x) { return add_halves<kLanes / 2>(x, std::make_integer_sequence<int, kLanes>{})[0]; }
 
 JAXKERN_INLINE float reduce_max(f32v x) {
   float lanes[kLanes];

@@ -20,6 +20,7 @@ from jax.interpreters import batching, mlir
 
 IMPLEMENTATIONS = ("cpu", "cuda", "xla", "sim")
 OPS: dict[str, "Op"] = {}
+USED: dict[str, set[str]] = {}
 DISABLE_JAX_EXPORT_CHECKS: list[jax.export.DisabledSafetyCheck] = []
 
 
@@ -31,6 +32,7 @@ class Op:
     results: (*avals, **params) -> [(shape, dtype), ...].
     reference: (*arrays, **params) -> (array, ...), in plain JAX.
     cpu: version of the CPU target; None where the reference is the only implementation, which `why` then explains.
+    sizes: parameters that are sizes of results. They may be symbolic, so the target reads them off its buffers instead.
     batch: (size, arrays, is_batched, **params) -> (arrays, params, unbatch): how to fold a leading axis of `size` into
         the operands and take it out of each result again. NotImplemented, or None here, maps the op over the axis.
     """
@@ -40,6 +42,7 @@ class Op:
     reference: Callable
     cpu: int | None = 1
     why: str = ""
+    sizes: tuple[str, ...] = ()
     batch: Callable | None = None
     primitive: Primitive = dataclasses.field(init=False, compare=False)
 
@@ -57,8 +60,14 @@ def call(op: Op, *arrays: jax.Array, implementation: str | None = None, **params
     implementation = resolve(op, implementation)
     with jax.named_scope(f"jaxkern.{op.name}"):
         if implementation == "xla":
+            USED.setdefault(op.name, set()).add("xla")
             return tuple(op.reference(*arrays, **params))
         return tuple(op.primitive.bind(*align(*arrays), implementation=implementation, **params))
+
+
+def implementations_used() -> dict[str, list[str]]:
+    """Which implementations each op has been compiled with in this process: for telling what really ran."""
+    return {name: sorted(used) for name, used in sorted(USED.items())}
 
 
 def resolve(op: Op, implementation: str | None) -> str | None:
@@ -115,10 +124,12 @@ def _make_primitive(op: Op) -> Primitive:
             raise NotImplementedError(
                 f"{op.name}: implementation {implementation!r} does not run on platform {platforms}; available: xla"
             )
+        USED.setdefault(op.name, set()).add("xla")
         return mlir.lower_fun(op.reference, multiple_results=True)(ctx, *operands, **params)
 
     def lower_to_cpu(ctx, *operands, implementation, **params):
-        attributes = {name: _attribute(value) for name, value in params.items()}
+        USED.setdefault(op.name, set()).add("cpu")
+        attributes = {name: _attribute(value) for name, value in params.items() if name not in op.sizes}
         return jax.ffi.ffi_lowering(op.target)(ctx, *operands, **attributes)
 
     def batch(arrays, axes, **params):
@@ -194,12 +205,16 @@ def _load():
             f"jaxkern: the compiled module jaxkern._cpu could not be loaded ({error}). Install the package "
             "(pip install . or pip install -e . in the source tree); the source tree alone is not enough."
         ) from error
-    header = (pathlib.Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text()
-    running = tuple(int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)[1]) for part in ("MAJOR", "MINOR"))
-    check_api_version(_cpu.api_version(), running)
+    check_api_version(_cpu.api_version(), running_api_version())
     for name, handler in _cpu.handlers().items():
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
     return _cpu
+
+
+def running_api_version() -> tuple[int, int]:
+    """The FFI version of the installed JAX, which only its C header tells."""
+    header = (pathlib.Path(jax.ffi.include_dir()) / "xla/ffi/api/c_api.h").read_text()
+    return tuple(int(re.search(rf"#define XLA_FFI_API_{part} (\d+)", header)[1]) for part in ("MAJOR", "MINOR"))
 
 
 def check_api_version(built: tuple[int, int], running: tuple[int, int]):

@@ -97,7 +97,10 @@ def dequantize(a: ScaledArray, dtype=jnp.float32, *, implementation: str | None 
     batch = a.shape[:-2]
     values = a.values.reshape(math.prod(batch), *a.shape[-2:])
     scales = as_array(a.scales)
-    sizes.require(scales.shape[:-2] == batch, f"a.scales must be [{batch}, ...], got {describe(scales)}")
+    fits = scales.ndim == a.ndim and scales.shape[:-2] == batch
+    sizes.require(
+        fits, f"a.scales must be a matrix for each matrix of a.values, {describe(a.values)}, got {describe(scales)}"
+    )
     scales = scales.reshape(math.prod(batch), *scales.shape[-2:])
     check_scaled(sizes, "a", values, scales, a.block_shape, "b m k")
     (x,) = _ffi.call(

@@ -1,7 +1,24 @@
 """What each op means, in plain JAX: the oracle of its tests, implementation="xla", and the fallback on platforms
 without a kernel. Written for reading; nothing here is tuned."""
 
+from jaxkern.reference.gemm import gemm, grouped_gemm, k_grouped_gemm
 from jaxkern.reference.mla import gather_pages, mla_decode, mla_prefill, mla_prefill_backward
+from jaxkern.reference.moe import assign_slots, dot_rows, gather_rows, route, sum_rows
 from jaxkern.reference.quantize import dequantize, quantize
 
-__all__ = ["dequantize", "gather_pages", "mla_decode", "mla_prefill", "mla_prefill_backward", "quantize"]
+__all__ = [
+    "assign_slots",
+    "dequantize",
+    "dot_rows",
+    "gather_pages",
+    "gather_rows",
+    "gemm",
+    "grouped_gemm",
+    "k_grouped_gemm",
+    "mla_decode",
+    "mla_prefill",
+    "mla_prefill_backward",
+    "quantize",
+    "route",
+    "sum_rows",
+]

@@ -1,0 +1,57 @@
+# make demo, make test, make bench: each does all the set-up that is missing. PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
+CXX ?= c++
+
+.PHONY: demo test test-slow sanitize lint format bench docs install clean
+
+demo: install
+	$(RUN) examples/shakespeare.py
+
+# Two workers for two cores; the slow part is `make test-slow`.
+test: lint
+	$(RUN) -m pytest -n 2 -m "not slow"
+
+test-slow: install
+	$(RUN) -m pytest -n 2 -m slow
+
+# The contract suite once more on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: install
+	PYTHON=$(RUN) sh tests/sanitize.sh
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard cpu/*.h cpu/*.cc bindings/*.h bindings/*.cc)
+
+format: install
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(wildcard cpu/*.h cpu/*.cc bindings/*.h bindings/*.cc)
+
+bench: install
+	$(RUN) -m benchmarks
+
+docs: install
+	$(PIP) --editable ".[docs]"
+	$(RUN) -m mkdocs build --strict
+
+install: $(VENV)/installed
+
+# Again after any change to what is compiled or to the dependencies.
+$(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard cpu/* bindings/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "jaxkern needs Python 3.11 or later as $(PYTHON); choose another with: make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
+	  echo "jaxkern needs Python's venv module (on Debian: apt-get install python3-venv)"; exit 1; }
+	@command -v $(CXX) >/dev/null || { \
+	  echo "jaxkern needs a C++20 compiler as $(CXX) (on Debian: apt-get install g++); choose one with: make CXX=..."; exit 1; }
+	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing jaxkern and what it needs into $(VENV) (once; a few minutes)"
+	@$(PIP) --editable ".[demo,test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) .venv-* build

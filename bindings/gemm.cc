@@ -1,0 +1,210 @@
+#include "cpu/gemm.h"
+
+#include <string_view>
+
+#include "bindings/common.h"
+
+namespace jaxkern {
+namespace {
+
+using enum ffi::DataType;
+using Block = ffi::Span<const int64_t>;
+
+// A stack of matrices [batch, stored rows, stored columns] with the scales of each; block is (0, 0) without scales.
+cpu::Operand operand(Check& check, const char* name, const Buffer& x, const Buffer& scales, Block block,
+                     bool transposed) {
+  check.rank(name, x, 3);
+  check.that(
+      block.size() == 2 && (block[0] == 0 || block[0] == 1 || block[0] == 128) && block[1] == (block[0] ? 128 : 0),
+      "a block shape must be (0, 0), (1, 128) or (128, 128)");
+  if (check.failed()) return {};
+  int64_t batch = x.dimensions()[0], rows = x.dimensions()[1], columns = x.dimensions()[2];
+  cpu::Operand o = {};
+  o.data = x.untyped_data();
+  o.transposed = transposed;
+  o.stride = columns;
+  if (block[0]) {
+    check.dtype(name, x, {F8E4M3FN});
+    check.dtype("scales", scales, {F32, F8E8M0FNU});
+    check.shape("scales", scales, {batch, blocks_of(rows, block[0]), blocks_of(columns, block[1])});
+    o.scales = scales.untyped_data();
+    o.scale_type = dtype_of(scales.element_type());
+    o.block_rows = block[0];
+    o.scale_stride = blocks_of(columns, block[1]);
+  } else {
+    check.dtype(name, x, {F32, BF16});
+  }
+  o.type = dtype_of(x.element_type());
+  return o;
+}
+
+// Rows of a may start anywhere, so their scales must be their own, and along k.
+void check_a(Check& check, const cpu::Operand& a) {
+  check.that(!a.scales || (a.block_rows == 1 && !a.transposed), "the blocks of a must be (1, 128), along k");
+}
+
+int64_t scales_in(const Buffer& scales) { return scales.dimensions()[1] * scales.dimensions()[2]; }
+
+ffi::Error gemm(ffi::ThreadPool pool, Buffer a, Buffer a_scales, Buffer b, Buffer b_scales, Buffer accumulator,
+                Result out, Block a_block, Block b_block, int64_t transpose_a, int64_t transpose_b, int64_t accumulate,
+                std::string_view) {
+  Check check("gemm");
+  cpu::Operand a_operand = operand(check, "a", a, a_scales, a_block, transpose_a);
+  cpu::Operand b_operand = operand(check, "b", b, b_scales, b_block, transpose_b);
+  check.rank("out", *out, 3);
+  if (check.failed()) return check.error();
+  auto a_dims = a.dimensions(), b_dims = b.dimensions();
+  int64_t batch = a_dims[0], m = a_dims[transpose_a ? 2 : 1], k = a_dims[transpose_a ? 1 : 2];
+  int64_t n = b_dims[transpose_b ? 2 : 1];
+  check_a(check, a_operand);
+  check.that(b_dims[0] == 1 || b_dims[0] == batch, "b must have a's batch or one matrix");
+  check.that(b_dims[transpose_b ? 1 : 2] == k, "a and b must have the same k");
+  check.shape("out", *out, {batch, m, n});
+  check.dtype("out", *out, {F32, BF16});
+  if (accumulate) {
+    check.shape("accumulator", accumulator, {batch, m, n});
+    check.dtype("accumulator", accumulator, {out->element_type()});
+  }
+  if (check.failed()) return check.error();
+
+  bool shared_b = b_dims[0] == 1;
+  cpu::gemm({.a = a_operand,
+             .b = b_operand,
+             .a_batch_stride = m * k,
+             .b_batch_stride = shared_b ? 0 : n * k,
+             .a_scale_batch_stride = a_operand.scales ? scales_in(a_scales) : 0,
+             .b_scale_batch_stride = b_operand.scales && !shared_b ? scales_in(b_scales) : 0,
+             .accumulator = accumulate ? accumulator.untyped_data() : nullptr,
+             .out = out->untyped_data(),
+             .out_type = dtype_of(out->element_type()),
+             .batch = batch,
+             .m = m,
+             .n = n,
+             .k = k},
+            threads_of(pool));
+  return ffi::Error::Success();
+}
+
+ffi::Error grouped_gemm(ffi::ThreadPool pool, Buffer a, Buffer a_scales, Buffer b, Buffer b_scales, Buffer group_sizes,
+                        Result out, Block a_block, Block b_block, int64_t transpose_b, int64_t group_alignment,
+                        std::string_view) {
+  Check check("grouped_gemm");
+  cpu::Operand a_operand = operand(check, "a", a, a_scales, a_block, false);
+  cpu::Operand b_operand = operand(check, "b", b, b_scales, b_block, transpose_b);
+  if (check.failed()) return check.error();
+  auto a_dims = a.dimensions(), b_dims = b.dimensions();
+  int64_t m = a_dims[1], k = a_dims[2], groups = b_dims[0], n = b_dims[transpose_b ? 2 : 1];
+  check_a(check, a_operand);
+  check.that(a_dims[0] == 1, "a must have one matrix");
+  check.that(b_dims[transpose_b ? 1 : 2] == k, "a and b must have the same k");
+  check.that(group_alignment > 0, "group_alignment must be positive");
+  check.shape("group_sizes", group_sizes, {groups});
+  check.dtype("group_sizes", group_sizes, {S32});
+  check.shape("out", *out, {m, n});
+  check.dtype("out", *out, {F32, BF16});
+  if (check.failed()) return check.error();
+
+  cpu::grouped_gemm({.a = a_operand,
+                     .b = b_operand,
+                     .b_group_stride = n * k,
+                     .b_scale_group_stride = b_operand.scales ? scales_in(b_scales) : 0,
+                     .group_sizes = group_sizes.typed_data<int32_t>(),
+                     .groups = groups,
+                     .alignment = group_alignment,
+                     .out = out->untyped_data(),
+                     .out_type = dtype_of(out->element_type()),
+                     .m = m,
+                     .n = n,
+                     .k = k},
+                    threads_of(pool));
+  return ffi::Error::Success();
+}
+
+ffi::Error k_grouped_gemm(ffi::ThreadPool pool, Buffer a, Buffer b, Buffer group_sizes, Buffer accumulator, Result out,
+                          int64_t group_alignment, int64_t accumulate) {
+  Check check("k_grouped_gemm");
+  check.rank("a", a, 2);
+  check.rank("b", b, 2);
+  check.rank("group_sizes", group_sizes, 1);
+  if (check.failed()) return check.error();
+  int64_t t = a.dimensions()[0], m = a.dimensions()[1], n = b.dimensions()[1], groups = group_sizes.dimensions()[0];
+  check.dtype("a", a, {F32, BF16});
+  check.dtype("b", b, {F32, BF16});
+  check.dtype("group_sizes", group_sizes, {S32});
+  check.that(b.dimensions()[0] == t, "a and b must have the same t");
+  check.that(group_alignment > 0, "group_alignment must be positive");
+  check.shape("out", *out, {groups, m, n});
+  check.dtype("out", *out, {F32});
+  if (accumulate) {
+    check.shape("accumulator", accumulator, {groups, m, n});
+    check.dtype("accumulator", accumulator, {F32});
+  }
+  if (check.failed()) return check.error();
+
+  auto columns = [](const Buffer& x) {
+    cpu::Operand o = {};
+    o.data = x.untyped_data();
+    o.type = dtype_of(x.element_type());
+    o.transposed = true;
+    o.stride = x.dimensions()[1];
+    return o;
+  };
+  cpu::k_grouped_gemm({.a = columns(a),
+                       .b = columns(b),
+                       .group_sizes = group_sizes.typed_data<int32_t>(),
+                       .groups = groups,
+                       .alignment = group_alignment,
+                       .accumulator = accumulate ? accumulator.typed_data<float>() : nullptr,
+                       .out = out->typed_data<float>(),
+                       .t = t,
+                       .m = m,
+                       .n = n},
+                      threads_of(pool));
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gemm_v1, gemm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Attr<Block>("a_block")
+                                  .Attr<Block>("b_block")
+                                  .Attr<int64_t>("transpose_a")
+                                  .Attr<int64_t>("transpose_b")
+                                  .Attr<int64_t>("accumulate")
+                                  .Attr<std::string_view>("out_dtype"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_gemm_v1, grouped_gemm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Attr<Block>("a_block")
+                                  .Attr<Block>("b_block")
+                                  .Attr<int64_t>("transpose_b")
+                                  .Attr<int64_t>("group_alignment")
+                                  .Attr<std::string_view>("out_dtype"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(k_grouped_gemm_v1, k_grouped_gemm,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Arg<Buffer>()
+                                  .Ret<Buffer>()
+                                  .Attr<int64_t>("group_alignment")
+                                  .Attr<int64_t>("accumulate"));
+
+}  // namespace jaxkern

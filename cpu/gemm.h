@@ -1,0 +1,60 @@
+// Matrix products with float32 sums of float32, bfloat16 and block-scaled FP8 operands: one, a batch, or groups of
+// rows.
+#pragma once
+
+#include "cpu/levels.h"
+#include "cpu/types.h"
+
+namespace jaxkern::cpu {
+
+// A matrix of rows x k (k is what the product sums over) as it is stored: row-major [rows, k], or, transposed, [k,
+// rows].
+struct Operand {
+  const void* data;
+  DType type;  // f32, bf16; e4m3 if and only if it has scales
+  bool transposed;
+  int64_t stride;                 // elements from one stored row to the next
+  const void* scales = nullptr;   // [ceil(stored rows / block_rows), ceil(stored columns / 128)]
+  DType scale_type = DType::f32;  // f32, e8m0
+  int64_t block_rows = 1;         // 1 or 128
+  int64_t scale_stride = 0;
+};
+
+// out[i] = a[i] b[i]^T + accumulator[i] for each i of a batch.
+struct GemmParams {
+  Operand a, b;
+  int64_t a_batch_stride, b_batch_stride;              // elements; 0 where all share one matrix
+  int64_t a_scale_batch_stride, b_scale_batch_stride;  // scales
+  const void* accumulator;                             // of out_type, or null
+  void* out;                                           // [batch, m, n]
+  DType out_type;                                      // f32, bf16
+  int64_t batch, m, n, k;
+};
+
+// The rows of group i of a, times b[i]^T. A group starts where the one before it ends, rounded up to `alignment`; sizes
+// that do not fit into m rows are cut. Rows in no group become zero.
+struct GroupedGemmParams {
+  Operand a, b;
+  int64_t b_group_stride, b_scale_group_stride;
+  const int32_t* group_sizes;
+  int64_t groups, alignment;
+  void* out;  // [m, n]
+  DType out_type;
+  int64_t m, n, k;
+};
+
+// out[i] = a_i^T b_i + accumulator[i], where a_i and b_i are the rows of group i of a [t, m] and b [t, n].
+struct KGroupedGemmParams {
+  Operand a, b;  // transposed
+  const int32_t* group_sizes;
+  int64_t groups, alignment;
+  const float* accumulator;  // or null
+  float* out;                // [groups, m, n]
+  int64_t t, m, n;
+};
+
+JAXKERN_KERNEL(gemm, GemmParams)
+JAXKERN_KERNEL(grouped_gemm, GroupedGemmParams)
+JAXKERN_KERNEL(k_grouped_gemm, KGroupedGemmParams)
+
+}  // namespace jaxkern::cpu

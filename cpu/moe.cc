@@ -1,0 +1,255 @@
+#include "cpu/moe.h"
+
+#include "cpu/simd.h"
+
+namespace jaxkern::cpu::JAXKERN_LEVEL {
+namespace {
+
+constexpr float kInfinity = __builtin_inff();
+
+// The index of the largest of [0, n); the lowest one on ties.
+int64_t argmax(const float* x, int64_t n) {
+  int64_t best = 0;
+  for (int64_t i = 1; i < n; ++i)
+    if (x[i] > x[best]) best = i;
+  return best;
+}
+
+void route_token(const RouteParams& p, int64_t token) {
+  int64_t group_size = p.experts / p.num_groups;
+  float* biased = static_cast<float*>(scratch((p.experts + p.num_groups) * sizeof(float)));
+  float* group_scores = biased + p.experts;
+  const float* scores = p.scores + token * p.experts;
+  for (int64_t e = 0; e < p.experts; ++e) {
+    float x = scores[e] + p.bias[e];
+    biased[e] = x == x ? x : -kInfinity;
+  }
+  for (int64_t g = 0; g < p.num_groups; ++g) {
+    float first = -kInfinity, second = -kInfinity;
+    for (int64_t i = 0; i < group_size; ++i) {
+      float x = biased[g * group_size + i];
+      second = x > first ? first : x > second ? x : second;
+      first = x > first ? x : first;
+    }
+    float total = group_size == 1 ? first : first + second;
+    group_scores[g] = total == total ? total : -kInfinity;
+  }
+  // Marks the groups that stay with NaN, which no comparison finds again; the others lose their experts.
+  for (int64_t i = 0; i < p.topk_groups; ++i) {
+    int64_t g = 0;
+    while (group_scores[g] != group_scores[g]) ++g;
+    for (int64_t other = g + 1; other < p.num_groups; ++other)
+      if (group_scores[other] > group_scores[g]) g = other;
+    group_scores[g] = __builtin_nanf("");
+  }
+  for (int64_t g = 0; g < p.num_groups; ++g)
+    if (group_scores[g] == group_scores[g])
+      for (int64_t i = 0; i < group_size; ++i) biased[g * group_size + i] = -kInfinity;
+  int32_t* ids = p.expert_ids + token * p.top_k;
+  for (int64_t j = 0; j < p.top_k; ++j) {
+    int64_t best = argmax(biased, p.experts);
+    if (biased[best] == -kInfinity) {
+      // Only experts that a NaN or another group ruled out are left: the lowest ids that are not taken yet.
+      for (best = 0;; ++best) {
+        bool taken = false;
+        for (int64_t i = 0; i < j; ++i) taken |= ids[i] == best;
+        if (!taken) break;
+      }
+    }
+    ids[j] = static_cast<int32_t>(best);
+    biased[best] = -kInfinity;
+  }
+}
+
+bool is_assignment(int32_t index, int64_t count) { return index >= 0 && index < count; }
+
+template <typename T>
+void gather_weighted(const GatherRowsParams& p, int64_t row) {
+  T* out = static_cast<T*>(p.out) + row * p.hidden;
+  int32_t source = p.source[row];
+  const T* x = static_cast<const T*>(p.x) + source / p.top_k * p.hidden;
+  float weight = p.weights[source];
+  int64_t i = 0;
+  for (; i + kLanes <= p.hidden; i += kLanes) store(out + i, load(x + i) * weight);
+  if (i < p.hidden) store_first(out + i, load_first(x + i, p.hidden - i) * weight, p.hidden - i);
+}
+
+// The additions of one token's rows: into[i] += from[i], in order; the sum ends in `root`. leaves are choices j.
+struct Tree {
+  int leaves = 0;
+  int additions = 0;
+  int root = 0;
+  int32_t row[kMaxTopK];
+  int32_t key[kMaxTopK];
+  float weight[kMaxTopK];
+  uint8_t into[kMaxTopK];
+  uint8_t from[kMaxTopK];
+};
+
+// Joins leaves [begin, end), sorted by key, all in [low, high), and returns the leaf that holds their sum.
+int join(Tree& tree, int begin, int end, int64_t low, int64_t high) {
+  if (end - begin == 1) return begin;
+  int split = begin;
+  if (high - low == 1) {
+    split = end - 1;  // one expert, chosen more than once: from left to right
+    high = low + 2;
+  } else {
+    int64_t middle = low + (high - low) / 2;
+    while (split < end && tree.key[split] < middle) ++split;
+    if (split == begin) return join(tree, begin, end, middle, high);
+    if (split == end) return join(tree, begin, end, low, middle);
+  }
+  int64_t middle = low + (high - low) / 2;
+  int left = join(tree, begin, split, low, middle), right = join(tree, split, end, middle, high);
+  tree.into[tree.additions] = static_cast<uint8_t>(left);
+  tree.from[tree.additions++] = static_cast<uint8_t>(right);
+  return left;
+}
+
+void plant(Tree& tree, const SumRowsParams& p, int64_t token) {
+  for (int64_t j = 0; j < p.top_k; ++j) {
+    int32_t row = p.slots[token * p.top_k + j], key = p.keys[token * p.top_k + j];
+    if (!is_assignment(row, p.num_rows) || !is_assignment(key, p.num_keys)) continue;
+    int at = tree.leaves++;
+    for (; at > 0 && tree.key[at - 1] > key; --at) {
+      tree.row[at] = tree.row[at - 1];
+      tree.key[at] = tree.key[at - 1];
+      tree.weight[at] = tree.weight[at - 1];
+    }
+    tree.row[at] = row;
+    tree.key[at] = key;
+    tree.weight[at] = p.weights[token * p.top_k + j];
+  }
+  if (tree.leaves > 0) tree.root = join(tree, 0, tree.leaves, 0, p.num_keys);
+}
+
+template <typename T, typename Out>
+void sum_token(const SumRowsParams& p, int64_t token) {
+  constexpr int kWide = 4;  // registers a step, to hide the latency of the additions
+  Tree tree;
+  plant(tree, p, token);
+  Out* out = static_cast<Out*>(p.out) + token * p.hidden;
+  const T* rows = static_cast<const T*>(p.rows);
+  f32v sums[kMaxTopK][kWide];
+  int64_t i = 0;
+  for (; i + kWide * kLanes <= p.hidden; i += kWide * kLanes) {
+    sums[0][0] = sums[0][1] = sums[0][2] = sums[0][3] = f32v{};
+    for (int leaf = 0; leaf < tree.leaves; ++leaf) {
+      const T* row = rows + tree.row[leaf] * p.hidden + i;
+      for (int w = 0; w < kWide; ++w) sums[leaf][w] = load(row + w * kLanes) * tree.weight[leaf];
+    }
+    for (int a = 0; a < tree.additions; ++a)
+      for (int w = 0; w < kWide; ++w) sums[tree.into[a]][w] += sums[tree.from[a]][w];
+    for (int w = 0; w < kWide; ++w) store(out + i + w * kLanes, sums[tree.root][w]);
+  }
+  for (; i < p.hidden; i += kLanes) {
+    int64_t lanes = p.hidden - i < kLanes ? p.hidden - i : kLanes;
+    sums[0][0] = f32v{};
+    for (int leaf = 0; leaf < tree.leaves; ++leaf)
+      sums[leaf][0] = load_first(rows + tree.row[leaf] * p.hidden + i, lanes) * tree.weight[leaf];
+    for (int a = 0; a < tree.additions; ++a) sums[tree.into[a]][0] += sums[tree.from[a]][0];
+    store_first(out + i, sums[tree.root][0], lanes);
+  }
+}
+
+template <typename T, typename X>
+float dot(const T* a, const X* b, int64_t n) {
+  f32v sums[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    sums[0] += load(a + i) * load(b + i);
+    sums[1] += load(a + i + kLanes) * load(b + i + kLanes);
+  }
+  for (; i < n; i += kLanes) {
+    int64_t lanes = n - i < kLanes ? n - i : kLanes;
+    sums[0] += load_first(a + i, lanes) * load_first(b + i, lanes);
+  }
+  return sum(sums[0] + sums[1]);
+}
+
+template <typename F>
+void with_type(DType type, F f) {
+  type == DType::bf16 ? f(bf16{}) : f(float{});
+}
+
+}  // namespace
+
+void route(const RouteParams& p, const Threads& threads) {
+  threads.for_each_chunk(p.tokens, p.experts * p.top_k * 4, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) route_token(p, token);
+  });
+}
+
+// Serial: two passes over the assignments, a few bytes each, cost less than waking a thread.
+void assign_slots(const AssignSlotsParams& p, const Threads&) {
+  int64_t* next = static_cast<int64_t*>(scratch(2 * p.num_groups * sizeof(int64_t)));
+  int64_t* end = next + p.num_groups;
+  for (int64_t g = 0; g < p.num_groups; ++g) next[g] = 0;
+  for (int64_t i = 0; i < p.assignments; ++i)
+    if (is_assignment(p.ids[i], p.num_groups)) ++next[p.ids[i]];
+  int64_t start = 0, slab = p.rows / p.num_groups;
+  for (int64_t g = 0; g < p.num_groups; ++g) {
+    int64_t count = next[g];
+    if (p.slabs) start = g * slab;
+    int64_t room = p.slabs ? slab : p.rows - start;
+    int64_t kept = room < 0 ? 0 : count < room ? count : room;
+    next[g] = start;
+    end[g] = start + kept;
+    p.sizes[g] = static_cast<int32_t>(kept);
+    p.dropped[g] = static_cast<int32_t>(count - kept);
+    start += (count + p.alignment - 1) / p.alignment * p.alignment;
+  }
+  for (int64_t row = 0; row < p.rows; ++row) p.source[row] = -1;
+  for (int64_t i = 0; i < p.assignments; ++i) {
+    int32_t g = p.ids[i];
+    bool fits = is_assignment(g, p.num_groups) && next[g] < end[g];
+    p.slots[i] = fits ? static_cast<int32_t>(next[g]) : -1;
+    if (fits) p.source[next[g]++] = static_cast<int32_t>(i);
+  }
+}
+
+void gather_rows(const GatherRowsParams& p, const Threads& threads) {
+  int64_t row_bytes = p.hidden * p.element_size;
+  threads.for_each_chunk(p.rows, row_bytes, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      char* out = static_cast<char*>(p.out) + row * row_bytes;
+      int32_t source = p.source[row];
+      if (!is_assignment(source, p.tokens * p.top_k)) {
+        std::memset(out, 0, row_bytes);
+      } else if (!p.weights) {
+        std::memcpy(out, static_cast<const char*>(p.x) + source / p.top_k * row_bytes, row_bytes);
+      } else {
+        with_type(p.type, [&](auto type) { gather_weighted<decltype(type)>(p, row); });
+      }
+    }
+  });
+}
+
+void sum_rows(const SumRowsParams& p, const Threads& threads) {
+  with_type(p.type, [&](auto type) {
+    with_type(p.out_type, [&](auto out_type) {
+      threads.for_each_chunk(p.tokens, p.hidden * p.top_k * 2, [&](int64_t begin, int64_t end) {
+        for (int64_t token = begin; token < end; ++token) sum_token<decltype(type), decltype(out_type)>(p, token);
+      });
+    });
+  });
+}
+
+void dot_rows(const DotRowsParams& p, const Threads& threads) {
+  with_type(p.type, [&](auto type) {
+    with_type(p.x_type, [&](auto x_type) {
+      using T = decltype(type);
+      using X = decltype(x_type);
+      threads.for_each_chunk(p.tokens, p.hidden * p.top_k * 2, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin * p.top_k; i < end * p.top_k; ++i) {
+          int32_t row = p.slots[i];
+          const X* x = static_cast<const X*>(p.x) + i / p.top_k * p.hidden;
+          bool some = is_assignment(row, p.num_rows);
+          p.out[i] = some ? dot(static_cast<const T*>(p.rows) + row * p.hidden, x, p.hidden) : 0.0f;
+        }
+      });
+    });
+  });
+}
+
+}  // namespace jaxkern::cpu::JAXKERN_LEVEL

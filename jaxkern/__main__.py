@@ -1,0 +1,41 @@
+"""`python -m jaxkern`: what this installation can do."""
+
+import collections
+import platform
+
+import jax
+
+import jaxkern
+from jaxkern import _ffi
+
+
+def main():
+    built, running = (".".join(map(str, version)) for version in (_ffi.CPU.api_version(), _ffi.running_api_version()))
+    devices = collections.Counter(f"{d.platform} ({d.device_kind})" for d in jax.devices())
+    print(f"jaxkern   {jaxkern.__version__}")
+    print(f"Python    {platform.python_version()} on {platform.machine()}")
+    print(f"JAX       {jax.__version__}, XLA FFI {running} (kernels built for {built})")
+    print(f"devices   {', '.join(f'{count} x {kind}' for kind, count in devices.items())}")
+    print(f"SIMD      {_ffi.CPU.simd_level()}")
+    print()
+    print_table()
+
+
+def print_table():
+    """For every op the implementation that runs on the default device, and why the others do not."""
+    print(f"{'op':<16}{'here':<6}why not the others")
+    for name, op in sorted(_ffi.OPS.items()):
+        chosen = implementation_here(op)
+        reasons = collections.defaultdict(list)
+        for other in _ffi.IMPLEMENTATIONS:
+            if other != chosen:
+                reasons[_ffi.why_not(op, other) or f"slower here; implementation={other!r} runs it"].append(other)
+        print(f"{name:<16}{chosen:<6}" + "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items()))
+
+
+def implementation_here(op: _ffi.Op) -> str:
+    return "cpu" if jax.default_backend() == "cpu" and op.cpu is not None else "xla"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Flax models on jaxkern's ops."""

@@ -1,0 +1,158 @@
+"""Generation: the prompt through expanded attention into a paged cache, then one token a step through absorbed MLA."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+
+import jaxkern
+from jaxkern.models.deepseek.model import DeepseekForCausalLM, Program, bounds, check_inputs, fetch, head, roll_rows
+
+
+def generate(
+    model: DeepseekForCausalLM,
+    input_ids,
+    *,
+    max_new_tokens: int,
+    attention_mask=None,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    eos_token_id: int | Sequence[int] | None = None,
+    page_size: int = 64,
+    progress: bool = False,
+) -> np.ndarray:
+    """Continues each row of input_ids.
+
+    Shapes and dtypes: input_ids int [b, s]; attention_mask [b, s] of 0 and 1, the 1s next to each other, padding
+        usually on the left; result int32 [b, max_new_tokens] on the host, without the prompt. After a row's stop token
+        the row is filled with that token.
+    Units: temperature 0 takes the likeliest token. Otherwise logits are divided by it, all but the top_k largest are
+        dropped, then all outside the smallest set whose probability reaches top_p, and one token is drawn. A row's
+        draws depend on seed, row and step alone, not on the mesh. eos_token_id: the token or tokens that stop a row;
+        None means the config's, () none.
+    Sharding: the model's mesh; each device decodes its own rows, whose pages it holds.
+    Gradient: none.
+    Implementations: `model.implementation`.
+    Errors: ValueError for an empty row, a max_new_tokens below 1, or a sampling parameter out of range.
+    Compiled once for each shape: batch, prompt rounded up to pages, and pages of the longest result.
+    """
+    input_ids, attention_mask = check_inputs(model.config, input_ids, attention_mask)
+    b, s = input_ids.shape
+    for holds, message in (
+        (max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {max_new_tokens}"),
+        (temperature >= 0, f"temperature must not be negative, got {temperature}"),
+        (top_k is None or top_k >= 1, f"top_k must be at least 1, got {top_k}"),
+        (top_p is None or 0 < top_p <= 1, f"top_p must be in (0, 1], got {top_p}"),
+        (page_size >= 1, f"page_size must be positive, got {page_size}"),
+        (attention_mask is None or np.asarray(attention_mask).any(1).all(), "every row needs a real token"),
+    ):
+        if not holds:
+            raise ValueError(f"generate: {message}")
+    stops = model.config.eos_token_id if eos_token_id is None else eos_token_id
+    stops = np.atleast_1d(np.asarray(() if stops is None else stops, np.int32))
+    vocab = model.config.vocab_size
+    sampling = (None if temperature == 0 else min(top_k or vocab, vocab), top_p is not None)
+    scalars = (np.uint32(seed & 0xFFFFFFFF), np.float32(temperature), np.float32(1.0 if top_p is None else top_p))
+
+    program, leaves = Program.of(model)
+    prompt = -(-s // page_size) * page_size
+    pages = -(-(s + max_new_tokens) // page_size)
+    prefill, decode = _programs(program, sampling, page_size)
+    mask = np.ones((b, s), np.int32) if attention_mask is None else np.asarray(attention_mask)
+    ids = np.pad(np.asarray(input_ids), ((0, 0), (0, prompt - s)))
+    mask = np.pad(mask, ((0, 0), (0, prompt - s)))
+    token, state = prefill(leaves, ids, mask, stops, scalars, pages=pages)
+    tokens = [token]
+    with tqdm.tqdm(total=max_new_tokens, disable=not progress, unit="token", desc="generate") as bar:
+        bar.update()
+        for _ in range(1, max_new_tokens):
+            if len(stops) and not fetch(state["active"]).any():
+                break
+            token, state = decode(leaves, token, state, stops, scalars)
+            tokens.append(token)
+            # XLA:CPU lets 32 steps be in flight on a device and then blocks its launches, which deadlocks collectives.
+            tokens[-min(len(tokens), 1 if progress else 8)].block_until_ready()
+            bar.update()
+    tokens += [token] * (max_new_tokens - len(tokens))
+    return np.stack([fetch(token) for token in tokens], axis=1)[:b]
+
+
+@functools.lru_cache(maxsize=64)
+def _programs(program: Program, sampling: tuple, page_size: int):
+    """The two compiled steps: `prefill`, and `decode`, which owns the state: cache, seq_lens, active, step, rows."""
+    config, run, rows = program.config, program.run, program.rows
+    state_specs = {"cache": rows, "block_table": rows, "seq_lens": rows, "active": rows, "rows": rows, "step": jax.P()}
+
+    def next_token(parts, x, previous, state, stops, scalars):
+        """x [b, hidden] of each row's last token -> its next token, whether the row goes on."""
+        logits = head(parts, x, run)
+        token = sample(logits, state["rows"], state["step"], sampling, *scalars)
+        token = jnp.where(state["active"], token, previous)
+        active = state["active"] & ~(token[:, None] == stops).any(1)
+        return token, {**state, "active": active, "step": state["step"] + 1}
+
+    def prefill_body(parts, ids, mask, row_ids, stops, scalars, pages):
+        b, s = ids.shape
+        starts, seq_lens = bounds(mask)
+        x, rows_of_layers, _ = parts["model"](roll_rows(ids, starts), seq_lens, run)
+        block_table = jnp.arange(b * pages, dtype=jnp.int32).reshape(b, pages)
+        positions = jnp.arange(s, dtype=jnp.int32)
+        positions = jnp.where(positions < seq_lens[:, None], positions, -1)  # -1: not written
+        empty = jnp.zeros((b * pages, page_size, config.latent_width), run.dtype)
+        cache = [jaxkern.kv_cache.append(empty, r, block_table, positions) for r in rows_of_layers]
+        state = {
+            "cache": cache,
+            "block_table": block_table,
+            "seq_lens": seq_lens,
+            "active": seq_lens > 0,  # a row that only fills the mesh is not
+            "rows": row_ids,
+            "step": jnp.zeros((), jnp.int32),
+        }
+        last = jnp.take_along_axis(x, jnp.maximum(seq_lens - 1, 0)[:, None, None], axis=1)[:, 0]
+        return next_token(parts, last, jnp.zeros_like(seq_lens), state, stops, scalars)
+
+    def decode_body(parts, token, state, stops, scalars):
+        seq_lens = state["seq_lens"] + 1
+        x, cache = parts["model"].decode(
+            token[:, None], state["cache"], state["block_table"], seq_lens, state["active"], run
+        )
+        state = {**state, "cache": cache, "seq_lens": seq_lens}
+        return next_token(parts, x[:, -1], token, state, stops, scalars)
+
+    @functools.partial(jax.jit, static_argnames="pages")
+    def prefill(leaves, ids, mask, stops, scalars, *, pages):
+        ids, mask, row_ids = program.place_batch(ids, mask, jnp.arange(ids.shape[0], dtype=jnp.int32))
+        body = functools.partial(prefill_body, pages=pages)
+        specs = (rows, rows, rows, jax.P(), jax.P())
+        return program.map(body, specs, (rows, state_specs))(leaves, ids, mask, row_ids, stops, scalars)
+
+    @functools.partial(jax.jit, donate_argnames="state")
+    def decode(leaves, token, state, stops, scalars):
+        specs = (rows, state_specs, jax.P(), jax.P())
+        return program.map(decode_body, specs, (rows, state_specs))(leaves, token, state, stops, scalars)
+
+    return prefill, decode
+
+
+def sample(logits, rows, step, sampling, seed, temperature, top_p):
+    """One token of each row of logits [b, vocab]; rows [b] and step choose the random numbers."""
+    top_k, uses_top_p = sampling
+    if top_k is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits, tokens = jax.lax.top_k(logits / temperature, top_k)  # in falling order
+    if uses_top_p:
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        before = jnp.cumsum(probabilities, axis=-1) - probabilities
+        logits = jnp.where(before < top_p, logits, -jnp.inf)
+
+    def draw(row, logits):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), row)
+        return jax.random.categorical(key, logits)
+
+    drawn = jax.vmap(draw)(rows, logits)
+    return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)

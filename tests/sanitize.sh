@@ -1,0 +1,20 @@
+#!/bin/sh
+# Builds the kernels with AddressSanitizer and UndefinedBehaviorSanitizer and runs the contract suite on them.
+# PYTHON is a Python that has jaxkern's dependencies; the sanitized build goes into an environment beside it.
+set -eu
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+venv=.venv-sanitize
+sites=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+if [ ! -x $venv/bin/python ]; then
+  "$python" -m venv $venv
+  # A path alone: the .pth files in there, one of which points at the ordinary build, are not followed.
+  echo "$sites" >"$($venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
+fi
+$venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+  -C cmake.define.JAXKERN_SANITIZE=ON -C build-dir=build/sanitize .
+asan=$("${CXX:-c++}" -print-file-name=libasan.so)
+ubsan=$("${CXX:-c++}" -print-file-name=libubsan.so)
+# CPython and jaxlib are not clean of leaks; the kernels own no memory that could leak.
+LD_PRELOAD="$asan:$ubsan" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  PYTHONSAFEPATH=1 $venv/bin/python -m pytest -q -p no:cacheprovider tests/test_contract.py -m "not slow" "$@"

@@ -1,0 +1,323 @@
+"""What every op owes its users, whatever it computes. The ops are in contract.py."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import CASES, Case
+from jax.sharding import AxisType, NamedSharding
+
+import jaxkern
+from jaxkern import _ffi
+
+DIFFERENTIABLE = [c for c in CASES if c.grad]
+
+
+def over(cases):
+    return pytest.mark.parametrize("case", cases, ids=lambda c: c.id)
+
+
+def assert_same(got, expected, rtol=0.0):
+    got, expected = jax.tree.leaves(got), jax.tree.leaves(expected)
+    assert len(got) == len(expected)
+    for g, e in zip(got, expected, strict=True):
+        assert g.shape == e.shape and g.dtype == e.dtype
+        g, e = np.asarray(g).astype(np.float64), np.asarray(e).astype(np.float64)
+        finite = np.abs(e[np.isfinite(e)])
+        np.testing.assert_allclose(g, e, rtol=rtol, atol=rtol * finite.max() if finite.size else 0)
+
+
+def tolerance(case: Case) -> float:
+    return 0.0 if case.exact else case.rtol
+
+
+def loss_of(case: Case, call=None, **kwargs):
+    """The op's float results against fixed random cotangents: a scalar whose gradient is the op's."""
+
+    def loss(*arrays):
+        total = 0.0
+        for i, r in enumerate(jax.tree.leaves((call or case.call)(*arrays, **kwargs))):
+            if jnp.issubdtype(r.dtype, jnp.floating):
+                finite = jnp.where(jnp.isfinite(r), r, 0).astype(jnp.float32)
+                total += (finite * jnp.cos(jnp.arange(r.size).reshape(r.shape) + i)).sum()
+        return total
+
+    return loss
+
+
+@over(CASES)
+def test_matches_reference_eagerly_and_jitted(case):
+    expected = case.call(*case.operands, implementation="xla")
+    assert_same(case.call(*case.operands), expected, tolerance(case))
+    assert_same(jax.jit(case.call)(*case.operands), expected, tolerance(case))
+
+
+@over(CASES)
+def test_runs_its_own_kernel(case):
+    jaxpr = str(jax.make_jaxpr(case.call)(*case.operands))
+    compiled = jax.jit(case.call).lower(*case.operands).as_text()
+    reference = str(jax.make_jaxpr(lambda *a: case.call(*a, implementation="xla"))(*case.operands))
+    assert "jaxkern_" not in reference
+    if case.primitive is None:
+        assert "jaxkern_" not in jaxpr
+    else:
+        assert case.primitive in jaxpr
+        assert case.primitive.replace("jaxkern_", "jaxkern.") + ".v" in compiled
+
+
+@over(CASES)
+def test_vmap(case):
+    stacked = [jnp.stack([x, jnp.flip(x, 0), x]) for x in case.operands]
+    rows = [case.call(*[s[i] for s in stacked]) for i in range(3)]
+    expected = jax.tree.map(lambda *r: jnp.stack(r), *rows)
+    assert_same(jax.jit(jax.vmap(case.call))(*stacked), expected, tolerance(case))
+
+
+@over([c for c in CASES if len(c.arrays) > 1])
+def test_vmap_with_unbatched_operands(case):
+    for batched in range(len(case.arrays)):
+        operands = case.operands
+        stack = jnp.stack([operands[batched], jnp.flip(operands[batched], 0)], axis=-1)
+        rows = [case.call(*[stack[..., i] if j == batched else x for j, x in enumerate(operands)]) for i in range(2)]
+        axes = [-1 if j == batched else None for j in range(len(operands))]
+        got = jax.vmap(case.call, in_axes=axes)(*[stack if j == batched else x for j, x in enumerate(operands)])
+        assert_same(got, jax.tree.map(lambda *r: jnp.stack(r), *rows), tolerance(case))
+
+
+@over(DIFFERENTIABLE)
+def test_gradient_is_that_of_the_reference(case):
+    got = jax.jit(jax.grad(loss_of(case), case.grad_argnums))(*case.operands)
+    expected = jax.jit(jax.grad(loss_of(case, implementation="xla"), case.grad_argnums))(*case.operands)
+    assert_same(got, expected, case.rtol)
+
+
+@over(DIFFERENTIABLE)
+def test_gradient_is_the_slope(case):
+    """Against a central difference along a random direction, in float64 arithmetic on float32 results."""
+    loss, operands = loss_of(case), case.operands
+    gradient = jax.grad(loss, case.grad_argnums)(*operands)
+    directions = [jax.random.normal(jax.random.key(i), operands[n].shape) for i, n in enumerate(case.grad_argnums)]
+
+    def moved(step):
+        arrays = list(operands)
+        for n, d in zip(case.grad_argnums, directions, strict=True):
+            arrays[n] = (arrays[n] + step * d).astype(arrays[n].dtype)
+        return float(loss(*arrays))
+
+    slope = (moved(1e-2) - moved(-1e-2)) / 2e-2
+    expected = sum(float((g * d).sum()) for g, d in zip(gradient, directions, strict=True))
+    scale = sum(float(jnp.abs(g * d).sum()) for g, d in zip(gradient, directions, strict=True))
+    assert abs(slope - expected) < 1e-2 * scale + 1e-3
+
+
+@over(DIFFERENTIABLE)
+def test_vmap_of_gradient(case):
+    stacked = [jnp.stack([x, jnp.flip(x, 0)]) for x in case.operands]
+    gradient = jax.grad(loss_of(case), case.grad_argnums)
+    rows = [gradient(*[s[i] for s in stacked]) for i in range(2)]
+    assert_same(jax.jit(jax.vmap(gradient))(*stacked), jax.tree.map(lambda *r: jnp.stack(r), *rows), case.rtol)
+
+
+@over(DIFFERENTIABLE)
+def test_remat(case):
+    gradient = jax.jit(jax.grad(loss_of(case, jax.checkpoint(case.call)), case.grad_argnums))
+    assert_same(gradient(*case.operands), jax.grad(loss_of(case), case.grad_argnums)(*case.operands), case.rtol)
+
+
+@over(CASES)
+def test_scan(case):
+    stacked = [jnp.stack([x, jnp.flip(x, 0)]) for x in case.operands]
+    _, got = jax.jit(lambda *xs: jax.lax.scan(lambda c, x: (c, case.call(*x)), 0, xs))(*stacked)
+    rows = [case.call(*[s[i] for s in stacked]) for i in range(2)]
+    assert_same(got, jax.tree.map(lambda *r: jnp.stack(r), *rows), tolerance(case))
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@over(CASES)
+def test_shard_map(case, axis_type):
+    """Each of 4 devices on its part: the results, and the gradients also of replicated operands."""
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(axis_type,))
+    operands = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(case.operands, case.specs, strict=True)]
+    call = case.sharded_call or case.call
+
+    def sharded(*arrays):
+        # check_vma=True: a result whose varying axes were lost would be refused here.
+        return jax.shard_map(call, mesh=mesh, in_specs=case.specs, out_specs=case.out_specs)(*arrays)
+
+    assert_same(jax.jit(sharded)(*operands), case.unsharded(*case.operands), tolerance(case))
+    if case.grad:
+        got = jax.jit(jax.grad(loss_of(case, sharded), case.grad_argnums))(*operands)
+        expected = jax.jit(jax.grad(loss_of(case, case.unsharded), case.grad_argnums))(*case.operands)
+        assert_same(got, expected, case.rtol)
+
+
+@over(CASES)
+def test_sharded_operands_outside_shard_map(case):
+    """XLA gathers them: slow, but right."""
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    operands = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(case.operands, case.specs, strict=True)]
+    assert_same(jax.jit(case.call)(*operands), case.call(*case.operands), tolerance(case))
+
+
+@over(CASES)
+def test_export(case):
+    expected = case.call(*case.operands)
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in case.operands]
+    checks = jaxkern.DISABLE_JAX_EXPORT_CHECKS
+    exported = jax.export.export(jax.jit(case.call), disabled_checks=checks)(*shapes)
+    restored = jax.export.deserialize(exported.serialize())
+    assert_same(restored.call(*case.operands), expected, tolerance(case))
+
+    cuda = jax.export.export(jax.jit(case.call), platforms=["cuda"], disabled_checks=checks)(*shapes)
+    assert "jaxkern." + case.name + ".v" not in cuda.mlir_module()
+
+
+@over([c for c in CASES if c.symbolic])
+def test_export_with_a_symbolic_batch(case):
+    scope = jax.export.SymbolicScope()
+    shapes = [
+        jax.ShapeDtypeStruct(jax.export.symbolic_shape(dims, scope=scope), x.dtype)
+        for dims, x in zip(case.symbolic, case.operands, strict=True)
+    ]
+    exported = jax.export.export(jax.jit(case.call), disabled_checks=jaxkern.DISABLE_JAX_EXPORT_CHECKS)(*shapes)
+    assert_same(exported.call(*case.operands), case.call(*case.operands), tolerance(case))
+
+
+@over(CASES)
+@pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
+def test_donation(case):
+    expected = case.call(*case.operands)
+    operands = [jnp.array(x, copy=True) for x in case.operands]
+    assert_same(jax.jit(case.call, donate_argnums=range(len(operands)))(*operands), expected)
+
+
+@over(CASES)
+def test_same_bits_every_time(case):
+    run = jax.jit(case.call)
+    first = run(*case.operands)
+    for _ in range(5):
+        assert_same(run(*case.operands), first)
+
+
+def results_of_all_cases():
+    return {f"{c.id}.{i}": np.asarray(r).astype(np.float64) for c in CASES for i, r in enumerate(_leaves(c))}
+
+
+def _leaves(case):
+    return jax.tree.leaves(case.call(*case.operands))
+
+
+def _results_in_another_process(tmp_path, cores=None, **env):
+    pin = f"import os; os.sched_setaffinity(0, {cores}); " if cores else ""
+    path = str(tmp_path / "results.npz")
+    code = f"{pin}import sys, numpy as np; sys.path.insert(0, {os.path.dirname(__file__)!r}); "
+    code += f"import test_contract as t; np.savez({path!r}, **t.results_of_all_cases())"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **env})
+    return np.load(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a way to pin a process to one core")
+def test_same_bits_on_one_core(tmp_path):
+    got, expected = _results_in_another_process(tmp_path, cores={0}), results_of_all_cases()
+    for name in expected:
+        np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("level", ["portable", "avx2"])
+def test_simd_levels_agree(tmp_path, level):
+    got, expected = _results_in_another_process(tmp_path, JAXKERN_SIMD=level), results_of_all_cases()
+    for case in CASES:
+        for i in range(len(_leaves(case))):
+            g, e = got[f"{case.id}.{i}"], expected[f"{case.id}.{i}"]
+            rtol = 0 if case.exact else max(case.rtol, 1e-5)
+            finite = np.abs(e[np.isfinite(e)])
+            atol = rtol * finite.max() if finite.size else 0
+            np.testing.assert_allclose(g, e, rtol=rtol, atol=atol, err_msg=f"{case.id} {level}")
+
+
+# Errors, all raised while tracing: op, argument, what was expected, what came.
+
+
+def _trace(case, arrays, **kwargs):
+    return jax.eval_shape(lambda *a: case.call(*a, **kwargs), *arrays)
+
+
+@over(CASES)
+def test_wrong_dtype(case):
+    for i, name in enumerate(case.arrays):
+        arrays = case.operands
+        arrays[i] = jnp.zeros(arrays[i].shape, jnp.complex64)
+        with pytest.raises(TypeError, match=rf"^\w+: {name.split('.')[0]}.* must be .*, got complex64\["):
+            _trace(case, arrays)
+
+
+@over(CASES)
+def test_wrong_rank(case):
+    for i, name in enumerate(case.arrays):
+        arrays = case.operands
+        arrays[i] = arrays[i].reshape(-1)[0]
+        with pytest.raises(ValueError, match=rf"^\w+: {name.split('.')[0]}.* must be .*, got {arrays[i].dtype}\[\]"):
+            _trace(case, arrays)
+
+
+@over([c for c in CASES if c.mismatch])
+def test_mismatched_sizes(case):
+    for name, axis in case.mismatch:
+        arrays = case.operands
+        i = list(case.arrays).index(name)
+        arrays[i] = jnp.concatenate([arrays[i], arrays[i]], axis)
+        with pytest.raises(ValueError, match=r"^\w+: .*got "):
+            _trace(case, arrays)
+
+
+@over(CASES)
+def test_unknown_implementation(case):
+    with pytest.raises(ValueError, match=r"^\w+: implementation must be None or one of .*, got 'fast'"):
+        _trace(case, case.operands, implementation="fast")
+
+
+@pytest.mark.parametrize("implementation", ["cuda", "sim"])
+@over(CASES)
+def test_implementation_that_is_not_built(case, implementation):
+    message = rf"^\w+: implementation '{implementation}' is not available: .*; available: .*xla"
+    with pytest.raises(NotImplementedError, match=message):
+        _trace(case, case.operands, implementation=implementation)
+
+
+@over(CASES)
+def test_implementation_from_the_environment(case, monkeypatch):
+    monkeypatch.setenv("JAXKERN_IMPLEMENTATION", "xla")
+    assert "jaxkern_" not in str(jax.make_jaxpr(lambda *a: case.call(*a))(*case.operands))
+    monkeypatch.setenv("JAXKERN_IMPLEMENTATION", "cuda")
+    with pytest.raises(NotImplementedError, match="'cuda' is not available"):
+        _trace(case, case.operands)
+
+
+@over([c for c in CASES if c.primitive])
+def test_explicit_cpu_never_falls_back(case):
+    """Asked for the CPU kernel, lowering for another platform is an error and not the reference."""
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in case.operands]
+    call = jax.jit(lambda *a: case.call(*a, implementation="cpu"))
+    with pytest.raises(NotImplementedError, match="implementation 'cpu' does not run on platform cuda"):
+        jax.export.export(call, platforms=["cuda"], disabled_checks=jaxkern.DISABLE_JAX_EXPORT_CHECKS)(*shapes)
+
+
+def test_every_public_op_is_in_the_table():
+    called = set()
+    for case in CASES:
+        jaxpr = str(jax.make_jaxpr(case.call)(*case.operands))
+        called |= {name for name, op in _ffi.OPS.items() if op.cpu is None or f"jaxkern_{name}" in jaxpr}
+        if case.grad:
+            jaxpr = str(jax.make_jaxpr(jax.grad(loss_of(case), case.grad_argnums))(*case.operands))
+            called |= {name for name in _ffi.OPS if f"jaxkern_{name}" in jaxpr}
+    assert called == set(_ffi.OPS)
+
+
+def test_a_build_newer_than_jax_is_refused():
+    _ffi.check_api_version((0, 3), (0, 5))
+    with pytest.raises(ImportError, match=r"needs XLA FFI 0\.5, but JAX .* offers 0\.3\. Upgrade JAX"):
+        _ffi.check_api_version((0, 5), (0, 3))
