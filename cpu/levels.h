@@ -11,6 +11,9 @@ enum class Level { portable, avx2, avx512 };
 Level simd_level();
 const char* simd_level_name();
 
+// Whether kernels of level avx512 may use the AMX unit for bfloat16 products (cpu/amx.h); not if JAXKERN_SIMD is set.
+bool has_amx();
+
 }  // namespace jaxkern::cpu
 
 #ifdef JAXKERN_X86
