@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkern.models.deepseek.model import (
@@ -19,6 +20,7 @@ from jaxkern.models.deepseek.model import (
     bounds,
     check_inputs,
     head,
+    is_spread,
     roll_rows,
 )
 
@@ -80,6 +82,7 @@ def make_train_step(
     def step(model, optimizer, batch):
         _check_trainable(model)
         batch = _check_batch(model, batch, microbatches)
+        _join_mesh(model.mesh, optimizer)
         return update(model, optimizer, batch)
 
     return step
@@ -208,6 +211,19 @@ def _evaluate(program: Program):
         return program.map(body, (program.rows,) * 3, P())(leaves, *program.place_batch(*batch))
 
     return run
+
+
+def _join_mesh(mesh, optimizer):
+    """Spreads the optimizer's arrays that are not on the mesh, at first its counters, as the parameters are spread."""
+    state = nnx.state(optimizer)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+    if mesh is None or all(x.sharding.device_set == set(mesh.devices.flat) for _, x in leaves):
+        return
+
+    def spread(path, x):
+        return jax.device_put(x, NamedSharding(mesh, P(mesh.axis_names) if is_spread(path) and x.ndim else P()))
+
+    nnx.update(optimizer, tree.unflatten([spread(path, x) for path, x in leaves]))
 
 
 def _check_trainable(model):
