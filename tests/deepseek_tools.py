@@ -16,6 +16,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 # A model that compiles fast: one dense layer and one with experts.
 SMALL = {
     "model_type": "deepseek_v3",
+    "torch_dtype": "float32",
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,

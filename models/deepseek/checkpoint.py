@@ -53,6 +53,8 @@ def from_pretrained(path, *, mesh=None, dtype=None, quantized: bool = True) -> D
     files = Files(path)
     extras = _check(files, config)
     activations = np.dtype(dtype or files["model.embed_tokens.weight"].dtype)
+    if activations not in (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)):
+        raise ValueError(f"{path}: dtype must be float32 or bfloat16, got {activations}; pass dtype=...")
     if config.quantized and not quantized:
         source = {key: value for key, value in config.source.items() if key != "quantization_config"}
         config = Config.from_dict(source)
@@ -158,9 +160,7 @@ def _check(files: "Files", config: Config) -> list[str]:
             )
         if stored.dtype not in dtypes or stored.dtype != files[slot.names[0]].dtype:
             allowed = " or ".join(d.name for d in dtypes)
-            raise ValueError(
-                f"{files.path}: tensor {name} must be {allowed} (experts all the same), got {stored.dtype}"
-            )
+            raise ValueError(f"{files.path}: tensor {name} must be {allowed} for all experts, got {stored.dtype}")
     return extras
 
 
