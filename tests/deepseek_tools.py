@@ -4,9 +4,11 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 from jaxkern.models import deepseek
@@ -56,22 +58,26 @@ SMALL = {
 
 
 def small_model(mesh=None, seed=0, **changes) -> deepseek.DeepseekForCausalLM:
-    """A random model of SMALL with `changes`, with weights large enough that a wrong formula shows."""
-    model = deepseek.DeepseekForCausalLM(
-        deepseek.Config.from_dict(SMALL | changes | {"initializer_range": 0.25}), rngs=nnx.Rngs(seed), mesh=mesh
-    )
+    """A model of SMALL with `changes`, its weights random and so large that a wrong formula shows.
+
+    Filled from NumPy: that compiles nothing.
+    """
+    config = deepseek.Config.from_dict(SMALL | changes)
+    graph, state = nnx.split(nnx.eval_shape(lambda: deepseek.DeepseekForCausalLM(config, rngs=nnx.Rngs(0))))
     rng = np.random.default_rng(seed)
-    for path, variable in nnx.iter_graph(model):
-        name = ".".join(map(str, path))
-        if isinstance(variable, deepseek.RouterBias):
-            _set(variable, rng.normal(0, 0.2, variable.shape))
-        elif isinstance(variable, nnx.Param) and (name.endswith("bias") or "norm" in name):
-            _set(variable, name.endswith("weight") + rng.normal(0, 0.2, variable.shape))
+    leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+    arrays = []
+    for path, leaf in leaves:
+        names = [str(key.key) for key in path if hasattr(key, "key")]
+        x = rng.normal(0, 0.25, leaf.shape)
+        if len(leaf.shape) == 1 and names[-1] == "weight":
+            x += 1  # a norm
+        x = x.astype(leaf.dtype)
+        spec = P(mesh.axis_names) if mesh is not None and "experts" in names else P()
+        arrays.append(jnp.asarray(x) if mesh is None else jax.device_put(x, NamedSharding(mesh, spec)))
+    model = nnx.merge(graph, tree.unflatten(arrays))
+    model.mesh = mesh
     return model
-
-
-def _set(variable, x):
-    variable.set_value(jax.device_put(np.asarray(x, np.float32), variable.get_value().sharding))
 
 
 def tokens(*shape, seed=0, vocab=64) -> np.ndarray:

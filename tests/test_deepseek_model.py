@@ -172,10 +172,23 @@ def test_bfloat16_stays_close():
     assert (logits.argmax(-1) == want["logits"].argmax(-1)).mean() > 0.9
 
 
-def test_new_parameters_on_a_mesh_are_those_of_one_device():
-    spread, single = small_model(mesh(4, AxisType.Explicit)), small_model()
+def test_new_parameters():
+    """The same on any mesh, spread over it, with the asked for scale."""
+
+    def create(mesh):
+        return deepseek.DeepseekForCausalLM(config, rngs=nnx.Rngs(3), mesh=mesh, param_dtype=jnp.bfloat16)
+
+    config = deepseek.Config.from_dict(SMALL | {"initializer_range": 0.1})
+    single, spread = create(None), create(mesh(4, AxisType.Explicit))
     for a, b in zip(jax.tree.leaves(nnx.state(spread)), jax.tree.leaves(nnx.state(single)), strict=True):
         np.testing.assert_array_equal(a, b)
+    weight = spread.model.layers[1].mlp.experts.gate_proj.weight.get_value()
+    assert weight.dtype == jnp.bfloat16 and weight.addressable_shards[0].data.shape[0] == 2
+    assert np.std(np.float32(weight)) == pytest.approx(0.1, rel=0.1)
+    np.testing.assert_array_equal(single.model.norm.weight[...], 1)
+    assert np.isfinite(spread(tokens(4, 5))).all()
+    with pytest.raises(ValueError, match="3 devices must divide n_routed_experts 8"):
+        create(mesh(3))
 
 
 def test_errors():
@@ -192,5 +205,3 @@ def test_errors():
         model(tokens(2, 4), np.ones((2, 3), np.int32))
     with pytest.raises(ValueError, match="must hold 0 and 1"):
         model(tokens(1, 2), np.array([[1, 2]]))
-    with pytest.raises(ValueError, match="3 devices must divide n_routed_experts 8"):
-        small_model(mesh(3))
