@@ -131,8 +131,8 @@ def _update(microbatches: int, remat: bool):
 def _objective(program: Program) -> Callable:
     """(leaves, part, whole) -> (objective, sums) of a part of a batch: (input_ids, attention_mask, loss_mask).
 
-    `whole` is (predicted tokens, sequences, balance_factor) of the whole batch: the objectives and sums of its parts add
-    up to its own.
+    `whole` is (predicted tokens, sequences, balance_factor) of the whole batch. The objectives and the sums of its
+    parts add up to its own.
     """
     names = tuple(program.mesh.axis_names) if program.mesh is not None else ()
 
