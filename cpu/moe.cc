@@ -6,21 +6,6 @@ namespace jaxkern::cpu::JAXKERN_LEVEL {
 namespace {
 
 constexpr float kInfinity = __builtin_inff();
-constexpr int64_t kBytesPerTask = 1 << 16;
-
-int64_t rows_per_task(int64_t row_bytes) {
-  return row_bytes >= kBytesPerTask ? 1 : kBytesPerTask / (row_bytes + 1) + 1;
-}
-
-// Calls f(begin, end) for chunks of [0, rows), about kBytesPerTask each.
-template <typename F>
-void for_each_chunk(const Threads& threads, int64_t rows, int64_t row_bytes, F f) {
-  int64_t chunk = rows_per_task(row_bytes);
-  threads.for_each((rows + chunk - 1) / chunk, [&](int64_t task) {
-    int64_t begin = task * chunk;
-    f(begin, begin + chunk < rows ? begin + chunk : rows);
-  });
-}
 
 // The index of the largest of [0, n); the lowest one on ties.
 int64_t argmax(const float* x, int64_t n) {
@@ -190,7 +175,7 @@ void with_type(DType type, F f) {
 }  // namespace
 
 void route(const RouteParams& p, const Threads& threads) {
-  for_each_chunk(threads, p.tokens, p.experts * p.top_k * 4, [&](int64_t begin, int64_t end) {
+  threads.for_each_chunk(p.tokens, p.experts * p.top_k * 4, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) route_token(p, token);
   });
 }
@@ -225,7 +210,7 @@ void assign_slots(const AssignSlotsParams& p, const Threads&) {
 
 void gather_rows(const GatherRowsParams& p, const Threads& threads) {
   int64_t row_bytes = p.hidden * p.element_size;
-  for_each_chunk(threads, p.rows, row_bytes, [&](int64_t begin, int64_t end) {
+  threads.for_each_chunk(p.rows, row_bytes, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       char* out = static_cast<char*>(p.out) + row * row_bytes;
       int32_t source = p.source[row];
@@ -243,7 +228,7 @@ void gather_rows(const GatherRowsParams& p, const Threads& threads) {
 void sum_rows(const SumRowsParams& p, const Threads& threads) {
   with_type(p.type, [&](auto type) {
     with_type(p.out_type, [&](auto out_type) {
-      for_each_chunk(threads, p.tokens, p.hidden * p.top_k * 2, [&](int64_t begin, int64_t end) {
+      threads.for_each_chunk(p.tokens, p.hidden * p.top_k * 2, [&](int64_t begin, int64_t end) {
         for (int64_t token = begin; token < end; ++token) sum_token<decltype(type), decltype(out_type)>(p, token);
       });
     });
@@ -255,7 +240,7 @@ void dot_rows(const DotRowsParams& p, const Threads& threads) {
     with_type(p.x_type, [&](auto x_type) {
       using T = decltype(type);
       using X = decltype(x_type);
-      for_each_chunk(threads, p.tokens, p.hidden * p.top_k * 2, [&](int64_t begin, int64_t end) {
+      threads.for_each_chunk(p.tokens, p.hidden * p.top_k * 2, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin * p.top_k; i < end * p.top_k; ++i) {
           int32_t row = p.slots[i];
           const X* x = static_cast<const X*>(p.x) + i / p.top_k * p.hidden;

@@ -104,14 +104,18 @@ void with_float_type(DType type, F f) {
 void quantize(const QuantizeParams& p, const Threads& threads) {
   int64_t tasks = p.k == 0 ? 0 : p.batch * ((p.m + p.block_m - 1) / p.block_m);
   with_float_type(p.x_type, [&](auto type) {
-    threads.for_each(tasks, [&](int64_t task) { quantize_rows<decltype(type)>(p, task); });
+    threads.for_each_chunk(tasks, p.block_m * p.k * 4, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) quantize_rows<decltype(type)>(p, task);
+    });
   });
 }
 
 void dequantize(const DequantizeParams& p, const Threads& threads) {
   int64_t tasks = p.k == 0 ? 0 : p.batch * ((p.m + p.block_m - 1) / p.block_m);
   with_float_type(p.x_type, [&](auto type) {
-    threads.for_each(tasks, [&](int64_t task) { dequantize_rows<decltype(type)>(p, task); });
+    threads.for_each_chunk(tasks, p.block_m * p.k * 4, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) dequantize_rows<decltype(type)>(p, task);
+    });
   });
 }
 

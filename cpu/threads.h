@@ -28,6 +28,17 @@ class Threads {
     }
   }
 
+  // f(begin, end) for pieces of [0, rows), each large enough to be worth a task and to keep pages to one thread.
+  template <typename F>
+  void for_each_chunk(int64_t rows, int64_t row_bytes, F&& f) const {
+    constexpr int64_t kChunkBytes = 1 << 18;
+    int64_t chunk = kChunkBytes / (row_bytes + 1) + 1;
+    for_each((rows + chunk - 1) / chunk, [&](int64_t task) {
+      int64_t begin = task * chunk;
+      f(begin, begin + chunk < rows ? begin + chunk : rows);
+    });
+  }
+
  private:
   void* pool_;
   Run run_;

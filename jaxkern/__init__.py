@@ -4,7 +4,7 @@ Every op takes `implementation=None | "cpu" | "cuda" | "xla" | "sim"`; None is t
 """
 
 from jaxkern import kv_cache
-from jaxkern._ffi import DISABLE_JAX_EXPORT_CHECKS
+from jaxkern._ffi import DISABLE_JAX_EXPORT_CHECKS, implementations_used
 from jaxkern.gemm import gemm, grouped_gemm, k_grouped_gemm
 from jaxkern.mla import mla_decode, mla_prefill
 from jaxkern.moe import combine, dispatch, route
@@ -20,6 +20,7 @@ __all__ = [
     "dispatch",
     "gemm",
     "grouped_gemm",
+    "implementations_used",
     "k_grouped_gemm",
     "kv_cache",
     "mla_decode",

@@ -20,6 +20,7 @@ from jax.interpreters import batching, mlir
 
 IMPLEMENTATIONS = ("cpu", "cuda", "xla", "sim")
 OPS: dict[str, "Op"] = {}
+USED: dict[str, set[str]] = {}
 DISABLE_JAX_EXPORT_CHECKS: list[jax.export.DisabledSafetyCheck] = []
 
 
@@ -59,8 +60,14 @@ def call(op: Op, *arrays: jax.Array, implementation: str | None = None, **params
     implementation = resolve(op, implementation)
     with jax.named_scope(f"jaxkern.{op.name}"):
         if implementation == "xla":
+            USED.setdefault(op.name, set()).add("xla")
             return tuple(op.reference(*arrays, **params))
         return tuple(op.primitive.bind(*align(*arrays), implementation=implementation, **params))
+
+
+def implementations_used() -> dict[str, list[str]]:
+    """Which implementations each op has been compiled with in this process: for telling what really ran."""
+    return {name: sorted(used) for name, used in sorted(USED.items())}
 
 
 def resolve(op: Op, implementation: str | None) -> str | None:
@@ -117,9 +124,11 @@ def _make_primitive(op: Op) -> Primitive:
             raise NotImplementedError(
                 f"{op.name}: implementation {implementation!r} does not run on platform {platforms}; available: xla"
             )
+        USED.setdefault(op.name, set()).add("xla")
         return mlir.lower_fun(op.reference, multiple_results=True)(ctx, *operands, **params)
 
     def lower_to_cpu(ctx, *operands, implementation, **params):
+        USED.setdefault(op.name, set()).add("cpu")
         attributes = {name: _attribute(value) for name, value in params.items() if name not in op.sizes}
         return jax.ffi.ffi_lowering(op.target)(ctx, *operands, **attributes)
 

@@ -18,7 +18,7 @@ DIFFERENTIABLE = [c for c in CASES if c.grad]
 
 
 def over(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda c: c.name)
+    return pytest.mark.parametrize("case", cases, ids=lambda c: c.id)
 
 
 def assert_same(got, expected, rtol=0.0):
@@ -148,20 +148,10 @@ def test_shard_map(case, axis_type):
         # check_vma=True: a result whose varying axes were lost would be refused here.
         return jax.shard_map(call, mesh=mesh, in_specs=case.specs, out_specs=case.out_specs)(*arrays)
 
-    def by_hand(*arrays):
-        """The shards one after another, results joined along their first axis."""
-        if case.sharded_call:
-            return case.call(*arrays)
-        shards = []
-        for i in range(4):
-            parts = [jnp.split(x, 4)[i] if s else x for x, s in zip(arrays, case.specs, strict=True)]
-            shards.append(case.call(*parts))
-        return jax.tree.map(lambda *r: jnp.concatenate(r), *shards)
-
-    assert_same(jax.jit(sharded)(*operands), by_hand(*case.operands), tolerance(case))
+    assert_same(jax.jit(sharded)(*operands), case.unsharded(*case.operands), tolerance(case))
     if case.grad:
-        got = jax.jit(jax.grad(lambda *a: loss_of(case, sharded)(*a), case.grad_argnums))(*operands)
-        expected = jax.grad(loss_of(case, by_hand), case.grad_argnums)(*case.operands)
+        got = jax.jit(jax.grad(loss_of(case, sharded), case.grad_argnums))(*operands)
+        expected = jax.jit(jax.grad(loss_of(case, case.unsharded), case.grad_argnums))(*case.operands)
         assert_same(got, expected, case.rtol)
 
 
@@ -214,7 +204,7 @@ def test_same_bits_every_time(case):
 
 
 def results_of_all_cases():
-    return {f"{c.name}.{i}": np.asarray(r).astype(np.float64) for c in CASES for i, r in enumerate(_leaves(c))}
+    return {f"{c.id}.{i}": np.asarray(r).astype(np.float64) for c in CASES for i, r in enumerate(_leaves(c))}
 
 
 def _leaves(case):
@@ -242,11 +232,11 @@ def test_simd_levels_agree(tmp_path, level):
     got, expected = _results_in_another_process(tmp_path, JAXKERN_SIMD=level), results_of_all_cases()
     for case in CASES:
         for i in range(len(_leaves(case))):
-            g, e = got[f"{case.name}.{i}"], expected[f"{case.name}.{i}"]
+            g, e = got[f"{case.id}.{i}"], expected[f"{case.id}.{i}"]
             rtol = 0 if case.exact else max(case.rtol, 1e-5)
             finite = np.abs(e[np.isfinite(e)])
             atol = rtol * finite.max() if finite.size else 0
-            np.testing.assert_allclose(g, e, rtol=rtol, atol=atol, err_msg=f"{case.name} {level}")
+            np.testing.assert_allclose(g, e, rtol=rtol, atol=atol, err_msg=f"{case.id} {level}")
 
 
 # Errors, all raised while tracing: op, argument, what was expected, what came.

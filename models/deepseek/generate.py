@@ -75,8 +75,8 @@ def generate(
                 break
             token, state = decode(leaves, token, state, stops, scalars)
             tokens.append(token)
-            if progress:
-                token.block_until_ready()
+            # XLA:CPU lets 32 steps be in flight on a device and then blocks its launches, which deadlocks collectives.
+            tokens[-min(len(tokens), 1 if progress else 8)].block_until_ready()
             bar.update()
     tokens += [token] * (max_new_tokens - len(tokens))
     return np.stack([fetch(token) for token in tokens], axis=1)[:b]

@@ -1,0 +1,48 @@
+"""Markdown tables of the committed results, for the README and the manual: `python -m benchmarks.report` rewrites the
+README's."""
+
+import json
+import pathlib
+import re
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+README = pathlib.Path(__file__).parent.parent / "README.md"
+
+
+def table(family: str) -> str:
+    """Every row of one family."""
+    record = json.loads((RESULTS / f"{family}.cpu.json").read_text())
+    machine = record["machine"]
+    lines = [
+        f"{machine['cpus']} CPUs, JAX {machine['jax']}; copies {machine['copy_bytes_per_s'] / 1e9:.1f} GB/s, float32 "
+        f"product {machine['matrix_flops_per_s'] / 1e9:.0f} GFLOP/s.",
+        "",
+        "| op | shape | ours, ms | XLA, ms | XLA's form | times as fast | of copy rate | of matrix rate |",
+        "|---|---|--:|--:|---|--:|--:|--:|",
+    ]
+    for row in record["rows"]:
+        lines.append(
+            f"| {row['name']} | {row['shape']} | {row['ours_ms']:.3g} | {row['xla_ms']:.3g} | {row['xla_form']} | "
+            f"{row['ratio']:.1f} | {row['copy_fraction']:.2f} | {row['matrix_fraction']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def summary() -> str:
+    """One line a family: its rows' smallest, median and largest gain."""
+    lines = ["| ops | rows | least gain over XLA | median | most |", "|---|--:|--:|--:|--:|"]
+    for path in sorted(RESULTS.glob("*.cpu.json")):
+        record = json.loads(path.read_text())
+        ratios = sorted(row["ratio"] for row in record["rows"])
+        middle = ratios[len(ratios) // 2]
+        family = record["family"]
+        lines.append(f"| {family} | {len(ratios)} | {ratios[0]:.2f} | {middle:.1f} | {ratios[-1]:.0f} |")
+    return "\n".join(lines)
+
+
+def with_summary(readme: str) -> str:
+    return re.sub(r"(<!-- results -->\n).*?(\n<!-- end -->)", lambda m: m[1] + summary() + m[2], readme, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    README.write_text(with_summary(README.read_text()))

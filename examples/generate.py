@@ -1,0 +1,63 @@
+"""For people who serve: loads a DeepSeek-V3 checkpoint in the public layout onto all devices and continues prompts.
+
+    python examples/generate.py out/shakespeare/tragedies "HAMLET." "My lord,"
+
+The experts and the prompts are spread over the devices. Text goes through the folder's tokenizer.json if it has one (and
+the package `tokenizers` is installed), byte by byte otherwise, as the demo's models want it.
+"""
+
+import argparse
+import pathlib
+
+import jax
+import numpy as np
+
+from jaxkern.models import deepseek
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=pathlib.Path)
+    parser.add_argument("prompts", nargs="+")
+    parser.add_argument("--devices", type=int, help="how many CPU devices to make; only where there is no GPU")
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.7)
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    if options.devices:
+        jax.config.update("jax_num_cpu_devices", options.devices)
+
+    encode, decode = text_codec(options.checkpoint)
+    mesh = jax.make_mesh((jax.device_count(),), ("expert",))
+    model = deepseek.from_pretrained(options.checkpoint, mesh=mesh)
+    prompts = [encode(prompt) for prompt in options.prompts]
+    longest = max(map(len, prompts))
+    ids = np.array([[0] * (longest - len(p)) + p for p in prompts])
+    mask = np.array([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    tokens = deepseek.generate(
+        model,
+        ids,
+        attention_mask=mask,
+        max_new_tokens=options.tokens,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+        progress=True,
+    )
+    for prompt, row in zip(options.prompts, tokens.tolist(), strict=True):
+        print(f"\n--- {prompt}{decode(row)}")
+
+
+def text_codec(folder: pathlib.Path):
+    """(text -> ids, ids -> text)."""
+    if (folder / "tokenizer.json").exists():
+        from tokenizers import Tokenizer
+
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        return lambda text: tokenizer.encode(text).ids, tokenizer.decode
+    return lambda text: list(text.encode()), lambda ids: bytes(ids).decode("utf-8", "replace")
+
+
+if __name__ == "__main__":
+    main()
