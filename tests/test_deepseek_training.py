@@ -208,5 +208,7 @@ def test_errors():
         train(model, batch=BATCH | {"loss_mask": np.ones((4, 2), np.int32)})
     with pytest.raises(ValueError, match="no token to predict"):
         deepseek.evaluate(model, [])
+    with pytest.raises(ValueError, match="attention_dropout"):
+        train(small_model(attention_dropout=0.1))
     with pytest.raises(ValueError, match="quantized=False"):
         train(deepseek.from_pretrained(GOLDEN / "v3-fp8"))
