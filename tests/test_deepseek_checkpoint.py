@@ -99,9 +99,10 @@ def test_dequantized_save_has_no_quantization(tmp_path):
 
 def test_a_new_quantized_model(tmp_path):
     """Initialised in FP8: the scales of its own blocks, written and read like a released one."""
-    config = deepseek.Config.from_dict(SMALL | {"quantization_config": FP8, "hidden_size": 160})
+    small = SMALL | {"hidden_size": 160, "num_hidden_layers": 1, "first_k_dense_replace": 0}
+    config = deepseek.Config.from_dict(small | {"quantization_config": FP8})
     model = deepseek.DeepseekForCausalLM(config, rngs=nnx.Rngs(0), mesh=mesh(2))
-    projection = model.model.layers[1].mlp.experts.down_proj
+    projection = model.model.layers[0].mlp.experts.down_proj
     assert isinstance(projection.weight, deepseek.QuantizedWeight)
     assert projection.weight_scale_inv.shape == (8, 2, 1)
     model.save_pretrained(tmp_path)

@@ -189,6 +189,10 @@ def test_new_parameters():
     assert np.isfinite(spread(tokens(4, 5))).all()
     with pytest.raises(ValueError, match="3 devices must divide n_routed_experts 8"):
         create(mesh(3))
+    with pytest.raises(ValueError, match="all be Auto or all Explicit"):
+        create(
+            jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto, AxisType.Explicit), devices=jax.devices()[:4])
+        )
 
 
 def test_errors():

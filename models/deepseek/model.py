@@ -712,7 +712,13 @@ def known(x) -> np.ndarray | None:
 
 
 def check_mesh(config: Config, mesh: Mesh | None):
-    if mesh is not None and config.n_routed_experts % mesh.size:
+    if mesh is None:
+        return
+    if len(set(mesh.axis_types)) > 1:
+        raise ValueError(
+            f"DeepseekForCausalLM: the mesh's axes must all be Auto or all Explicit, got {mesh.axis_types}"
+        )
+    if config.n_routed_experts % mesh.size:
         raise ValueError(
             f"DeepseekForCausalLM: the mesh's {mesh.size} devices must divide n_routed_experts "
             f"{config.n_routed_experts}"
