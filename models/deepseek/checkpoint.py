@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -53,6 +54,8 @@ def from_pretrained(path, *, mesh=None, dtype=None, quantized: bool = True) -> D
     files = Files(path)
     extras = _check(files, config)
     activations = np.dtype(dtype or files["model.embed_tokens.weight"].dtype)
+    if activations not in (np.dtype(np.float32), np.dtype(ml_dtypes.bfloat16)):
+        raise ValueError(f"{path}: dtype must be float32 or bfloat16, got {activations}; pass dtype=...")
     if config.quantized and not quantized:
         source = {key: value for key, value in config.source.items() if key != "quantization_config"}
         config = Config.from_dict(source)
@@ -82,28 +85,32 @@ def save_pretrained(model: DeepseekForCausalLM, path, *, max_shard_bytes: int = 
     shards = _plan(sizes, max_shard_bytes)
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     files = [SINGLE] if len(shards) == 1 else files
-    writes = jax.process_index() == 0
-    if writes:
-        path.mkdir(parents=True, exist_ok=True)
     pending, waiting = iter(zip(files, shards, strict=True)), {}
     file, shard = next(pending)
     for name, tensor in _tensors(slots, model.checkpoint):
         waiting[name] = tensor
         if len(waiting) == len(shard):
-            if writes:
+            if jax.process_index() == 0:
+                path.mkdir(parents=True, exist_ok=True)
                 _write(path / file, waiting)
             waiting = {}
             file, shard = next(pending, (None, ()))
-    if not writes:
-        return
+    if jax.process_index() == 0:
+        _finish(path, _config(model), sizes, dict(zip(files, shards, strict=True)))
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"save_pretrained {path}")
+
+
+def _finish(path: pathlib.Path, config: dict, sizes: dict[str, int], files: dict[str, list[str]]):
+    """Writes what is not a tensor, and removes what an earlier checkpoint left in the folder."""
     for stale in [*path.glob("model-*-of-*.safetensors"), path / SINGLE, path / INDEX]:
         if stale.name not in files:
             stale.unlink(missing_ok=True)
-    if len(shards) > 1:
-        where = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+    if len(files) > 1:
+        where = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (path / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
-    (path / "config.json").write_text(json.dumps(_config(model), indent=1))
+    (path / "config.json").write_text(json.dumps(config, indent=1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,9 +165,7 @@ def _check(files: "Files", config: Config) -> list[str]:
             )
         if stored.dtype not in dtypes or stored.dtype != files[slot.names[0]].dtype:
             allowed = " or ".join(d.name for d in dtypes)
-            raise ValueError(
-                f"{files.path}: tensor {name} must be {allowed} (experts all the same), got {stored.dtype}"
-            )
+            raise ValueError(f"{files.path}: tensor {name} must be {allowed} for all experts, got {stored.dtype}")
     return extras
 
 

@@ -672,8 +672,8 @@ def check_inputs(config: Config, input_ids, attention_mask):
     input_ids = as_integers(f"{where}: input_ids", input_ids)
     if input_ids.ndim != 2 or not input_ids.size:
         raise ValueError(f"{where}: input_ids must be [b, s] with b, s >= 1, got {list(input_ids.shape)}")
-    if not isinstance(input_ids, jax.core.Tracer) and is_local(input_ids):
-        low, high = int(np.min(input_ids)), int(np.max(input_ids))
+    if (ids := known(input_ids)) is not None:
+        low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= config.vocab_size:
             raise ValueError(f"{where}: input_ids must be in 0..{config.vocab_size - 1}, got {low}..{high}")
     if attention_mask is None:
@@ -682,8 +682,7 @@ def check_inputs(config: Config, input_ids, attention_mask):
     if attention_mask.shape != input_ids.shape:
         shapes = f"{list(input_ids.shape)}, got {list(attention_mask.shape)}"
         raise ValueError(f"{where}: attention_mask must have input_ids's shape {shapes}")
-    if not isinstance(attention_mask, jax.core.Tracer) and is_local(attention_mask):
-        mask = np.asarray(attention_mask)
+    if (mask := known(attention_mask)) is not None:
         if ((mask != 0) & (mask != 1)).any():
             raise ValueError(f"{where}: attention_mask must hold 0 and 1")
         starts = (np.diff(mask, axis=1, prepend=0) == 1).sum(1)
@@ -705,12 +704,21 @@ def fetch(x: jax.Array) -> np.ndarray:
     return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
 
 
-def is_local(x) -> bool:
-    return not isinstance(x, jax.Array) or x.is_fully_addressable
+def known(x) -> np.ndarray | None:
+    """The values of x, unless it is traced or lies in part on other processes."""
+    if isinstance(x, jax.core.Tracer) or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return None
+    return np.asarray(x)
 
 
 def check_mesh(config: Config, mesh: Mesh | None):
-    if mesh is not None and config.n_routed_experts % mesh.size:
+    if mesh is None:
+        return
+    if len(set(mesh.axis_types)) > 1:
+        raise ValueError(
+            f"DeepseekForCausalLM: the mesh's axes must all be Auto or all Explicit, got {mesh.axis_types}"
+        )
+    if config.n_routed_experts % mesh.size:
         raise ValueError(
             f"DeepseekForCausalLM: the mesh's {mesh.size} devices must divide n_routed_experts "
             f"{config.n_routed_experts}"

@@ -1,6 +1,6 @@
 """Training: the loss, the step, and the evaluation of a `DeepseekForCausalLM`."""
 
-import dataclasses
+import collections
 import functools
 from collections.abc import Callable, Iterable
 
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxkern.models.deepseek.model import (
@@ -19,6 +20,7 @@ from jaxkern.models.deepseek.model import (
     bounds,
     check_inputs,
     head,
+    is_spread,
     roll_rows,
 )
 
@@ -30,7 +32,7 @@ def make_train_step(
     balance_factor: float = 1e-4,
     bias_update_speed: float = 1e-3,
 ) -> Callable[[DeepseekForCausalLM, nnx.Optimizer, dict], dict[str, jax.Array]]:
-    """A compiled `step(model, optimizer, batch) -> metrics` that updates both in place.
+    """A compiled `step(model, optimizer, batch) -> metrics` that updates both in place: their old arrays are donated.
 
     >>> optimizer = nnx.Optimizer(model, deepseek.adamw(1e-4), wrt=nnx.Param)
     >>> step = deepseek.make_train_step(microbatches=4, remat=True)
@@ -55,32 +57,19 @@ def make_train_step(
     """
     if microbatches < 1:
         raise ValueError(f"make_train_step: microbatches must be at least 1, got {microbatches}")
-    options = Options(microbatches, remat, balance_factor)
 
-    @nnx.jit
-    def update(model, optimizer, batch):
-        program, _ = Program.of(model, remat=remat)
-        objective = _objective(program, options)
-        graph, trained, rest = nnx.split(model, optimizer.wrt, ...)
-
-        def of_part(trained, part, tokens, sequences):
-            _, leaves = Program.of(nnx.merge(graph, trained, rest))
-            return objective(leaves, *part, tokens, sequences)
-
-        gradients, sums = _accumulate(program, of_part, trained, batch, microbatches)
-        sums["grad_norm"] = optax.global_norm(gradients)
-        optimizer.update(model, gradients)
-        load = sums["expert_load"]
-        layers = [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, MoE)]
-        for mlp, counts in zip(layers, load, strict=True):
-            bias = mlp.gate.e_score_correction_bias
-            bias[...] += bias_update_speed * jnp.sign(counts.mean() - counts)
-        return sums | {"max_violation": _max_violation(load)}
+    in_flight = collections.deque(maxlen=8)  # XLA:CPU deadlocks collectives when more than 32 steps are
 
     def step(model, optimizer, batch):
         _check_trainable(model)
         batch = _check_batch(model, batch, microbatches)
-        return update(model, optimizer, batch)
+        _join_mesh(model.mesh, optimizer)
+        if len(in_flight) == in_flight.maxlen:
+            in_flight[0].block_until_ready()
+        factors = np.float32(balance_factor), np.float32(bias_update_speed)
+        metrics = _update(microbatches, remat)(model, optimizer, batch, *factors)
+        in_flight.append(metrics["loss"])
+        return metrics
 
     return step
 
@@ -119,32 +108,53 @@ def adamw(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    microbatches: int
-    remat: bool
-    balance_factor: float
+@functools.lru_cache(maxsize=16)
+def _update(microbatches: int, remat: bool):
+    """The compiled step; the two factors are arguments, so that changing them compiles nothing."""
+
+    @functools.partial(nnx.jit, donate_argnums=(0, 1))
+    def update(model, optimizer, batch, balance_factor, bias_update_speed):
+        program, _ = Program.of(model, remat=remat)
+        objective = _objective(program)
+        graph, trained, rest = nnx.split(model, optimizer.wrt, ...)
+
+        def of_part(trained, part, whole):
+            _, leaves = Program.of(nnx.merge(graph, trained, rest))
+            return objective(leaves, part, whole)
+
+        gradients, sums = _accumulate(program, of_part, trained, batch, balance_factor, microbatches)
+        sums["grad_norm"] = optax.tree.norm(gradients)
+        optimizer.update(model, gradients)
+        load = sums["expert_load"]
+        layers = [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, MoE)]
+        for mlp, counts in zip(layers, load, strict=True):
+            bias = mlp.gate.e_score_correction_bias
+            bias[...] += bias_update_speed * jnp.sign(counts.mean() - counts)
+        return sums | {"max_violation": _max_violation(load)}
+
+    return update
 
 
-def _objective(program: Program, options: Options) -> Callable:
-    """(leaves, input_ids, attention_mask, loss_mask, tokens, sequences) -> (objective, sums), of a part of a batch.
+def _objective(program: Program) -> Callable:
+    """(leaves, part, whole) -> (objective, sums) of a part of a batch: (input_ids, attention_mask, loss_mask).
 
-    tokens and sequences are those of the whole batch: the objectives and the sums of its parts add up to its own.
+    `whole` is (predicted tokens, sequences, balance_factor) of the whole batch. The objectives and the sums of its
+    parts add up to its own.
     """
     names = tuple(program.mesh.axis_names) if program.mesh is not None else ()
 
-    def body(parts, input_ids, attention_mask, loss_mask, tokens, sequences):
-        nll, _, routings = _token_losses(program, parts, input_ids, attention_mask, loss_mask)
+    def body(parts, part, whole):
+        tokens, sequences, balance_factor = whole
+        nll, _, routings = _token_losses(program, parts, *part)
         sums = {"loss": nll / tokens}
         if routings:
-            sums["balance_loss"] = options.balance_factor * sum(r.balance for r in routings) / sequences
+            sums["balance_loss"] = balance_factor * sum(r.balance for r in routings) / sequences
             sums["expert_load"] = jnp.stack([r.load for r in routings])
             sums["dropped"] = sum(r.dropped for r in routings)
         return jax.lax.psum(sums, names) if names else sums
 
-    def objective(leaves, input_ids, attention_mask, loss_mask, tokens, sequences):
-        arrays = program.place_batch(input_ids, attention_mask, loss_mask)
-        sums = program.map(body, (program.rows,) * 3 + (P(), P()), P())(leaves, *arrays, tokens, sequences)
+    def objective(leaves, part, whole):
+        sums = program.map(body, (program.rows, P()), P())(leaves, program.place_batch(*part), whole)
         sums = {"balance_loss": jnp.zeros(()), "expert_load": jnp.zeros((0, 0)), "dropped": jnp.zeros(())} | sums
         return sums["loss"] + sums["balance_loss"], sums
 
@@ -164,26 +174,24 @@ def _token_losses(program: Program, parts, input_ids, attention_mask, loss_mask)
     return (nll * weights).sum(), weights.sum(), routings
 
 
-def _accumulate(program: Program, of_part: Callable, trained, batch, microbatches: int):
+def _accumulate(program: Program, of_part: Callable, trained, batch, balance_factor, microbatches: int):
     """-> gradients of the objective of the whole batch, its sums."""
     batch = [program.place(x, P()) for x in batch]
     _, attention_mask, loss_mask = batch
     sequences = jnp.float32(attention_mask.shape[0])
     predicted = (attention_mask[:, 1:] * attention_mask[:, :-1] * loss_mask[:, 1:]).sum().astype(jnp.float32)
-    tokens = jnp.maximum(predicted, 1.0)
+    whole = jnp.maximum(predicted, 1.0), sequences, balance_factor
     grad = jax.grad(of_part, has_aux=True)
     if microbatches == 1:
-        gradients, sums = grad(trained, batch, tokens, sequences)
+        gradients, sums = grad(trained, batch, whole)
     else:
         # Part i is rows i, i + microbatches, ...: neighbours, often of one length, go to different parts.
         parts = [x.reshape(-1, microbatches, x.shape[1]).swapaxes(0, 1) for x in batch]
 
         def add(total, part):
-            return jax.tree.map(
-                lambda t, g: t + g.astype(jnp.float32), total, grad(trained, part, tokens, sequences)
-            ), None
+            return jax.tree.map(lambda t, g: t + g.astype(jnp.float32), total, grad(trained, part, whole)), None
 
-        shapes = jax.eval_shape(grad, trained, [x[0] for x in parts], tokens, sequences)[1]
+        shapes = jax.eval_shape(grad, trained, [x[0] for x in parts], whole)[1]
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=jnp.float32), trained)
         start = zeros, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         (gradients, sums), _ = jax.lax.scan(add, start, parts)
@@ -210,7 +218,22 @@ def _evaluate(program: Program):
     return run
 
 
+def _join_mesh(mesh, optimizer):
+    """Spreads the optimizer's arrays that are not on the mesh, at first its counters, as the parameters are spread."""
+    state = nnx.state(optimizer)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+    if mesh is None or all(x.sharding.device_set == set(mesh.devices.flat) for _, x in leaves):
+        return
+
+    def spread(path, x):
+        return jax.device_put(x, NamedSharding(mesh, P(mesh.axis_names) if is_spread(path) and x.ndim else P()))
+
+    nnx.update(optimizer, tree.unflatten([spread(path, x) for path, x in leaves]))
+
+
 def _check_trainable(model):
+    if (model.config.source or {}).get("attention_dropout"):
+        raise ValueError("train step: config.json: attention_dropout must be 0, there is no dropout")
     for layer in model.model.layers:
         if isinstance(layer.self_attn.kv_b_proj.weight, QuantizedWeight):
             raise ValueError(

@@ -1,0 +1,184 @@
+"""Checkpoints: what is read is written back to the bit, and what does not fit is named."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from deepseek_tools import GOLDEN, SMALL, mesh, raw_tensors, small_model, tokens
+from flax import nnx
+from jax.sharding import AxisType
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from jaxkern.models import deepseek
+
+CASES = ["v3-tiny", "v3-latent512", "v3-padded", "v3-fp8", "v3-mtp"]
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip(case, tmp_path):
+    deepseek.save_pretrained(deepseek.from_pretrained(GOLDEN / case), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert raw_tensors(tmp_path) == raw_tensors(GOLDEN / case)
+    source = json.loads((GOLDEN / case / "config.json").read_text())
+    assert json.loads((tmp_path / "config.json").read_text()) == source
+
+
+@pytest.mark.parametrize("case", ["v3-fp8", "v3-mtp"])
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_round_trip_in_shards_from_a_mesh(case, kind, tmp_path):
+    limit = 200_000
+    deepseek.from_pretrained(GOLDEN / case).save_pretrained(tmp_path)  # to be replaced
+    deepseek.from_pretrained(GOLDEN / case, mesh=mesh(4, kind)).save_pretrained(tmp_path, max_shard_bytes=limit)
+    tensors = raw_tensors(GOLDEN / case)
+    assert raw_tensors(tmp_path) == tensors
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(tensors)
+    assert index["metadata"]["total_size"] == sum(len(data) for _, _, data in tensors.values())
+    files = set(index["weight_map"].values())
+    assert len(files) > 3 and {p.name for p in tmp_path.glob("*.safetensors")} == files
+    for file in files:
+        with safe_open(tmp_path / file, framework="numpy") as f:  # the library can read it
+            assert f.metadata() == {"format": "pt"} and len(f.keys()) > 0
+            assert {index["weight_map"][name] for name in f.keys()} == {file}
+        # Every tensor is aligned to its element's width, as readers that map the file need it.
+        header = json.loads((tmp_path / file).read_bytes()[8:].split(b"}}")[0] + b"}}")
+        width = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
+        del header["__metadata__"]
+        assert all(x["data_offsets"][0] % width[x["dtype"]] == 0 for x in header.values())
+    again = deepseek.from_pretrained(tmp_path)
+    again.save_pretrained(tmp_path)
+    assert raw_tensors(tmp_path) == tensors
+    assert not (tmp_path / "model.safetensors.index.json").exists()
+
+
+def test_a_device_holds_only_its_experts():
+    model = deepseek.from_pretrained(GOLDEN / "v3-fp8", mesh=mesh(8))
+    single = deepseek.from_pretrained(GOLDEN / "v3-fp8")
+    experts, whole = model.model.layers[1].mlp.experts, single.model.layers[1].mlp.experts
+    for name in ("weight", "weight_scale_inv"):
+        spread = getattr(experts.down_proj, name).get_value()
+        want = np.asarray(getattr(whole.down_proj, name).get_value())
+        for shard in spread.addressable_shards:
+            assert shard.data.shape[0] == 1
+            np.testing.assert_array_equal(np.asarray(shard.data), want[shard.index])
+
+
+def test_dtypes(tmp_path):
+    kept = deepseek.from_pretrained(GOLDEN / "v3-mtp")
+    assert kept.dtype == jnp.bfloat16 and kept.lm_head.weight.get_value().dtype == jnp.bfloat16
+    cast = deepseek.from_pretrained(GOLDEN / "v3-mtp", dtype=jnp.float32)
+    assert cast.dtype == jnp.float32
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(cast))} == {np.dtype(np.float32)}
+    bias = small_model().model.layers[1].mlp.gate.e_score_correction_bias
+    assert isinstance(bias, deepseek.RouterBias) and not isinstance(bias, nnx.Param)
+    half = small_model()
+    half.save_pretrained(tmp_path)
+    half = deepseek.from_pretrained(tmp_path, dtype=jnp.bfloat16)
+    assert half.model.layers[1].mlp.gate.e_score_correction_bias.get_value().dtype == jnp.float32
+    assert half.model.layers[1].mlp.gate.weight.get_value().dtype == jnp.bfloat16
+    half.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_dequantized_save_has_no_quantization(tmp_path):
+    deepseek.from_pretrained(GOLDEN / "v3-fp8", quantized=False).save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    tensors, stored = raw_tensors(tmp_path), raw_tensors(GOLDEN / "v3-fp8")
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
+    assert tensors[name][:2] == ("F32", (192, 96)) and f"{name}_scale_inv" not in tensors
+    values = np.frombuffer(stored[name][2], jnp.float8_e4m3fn).reshape(192, 96).astype(np.float32)
+    scales = np.frombuffer(stored[f"{name}_scale_inv"][2], np.float32).reshape(2, 1)
+    want = values * scales.repeat(128, 0)[:192]
+    np.testing.assert_array_equal(np.frombuffer(tensors[name][2], np.float32).reshape(192, 96), want)
+
+
+def test_a_new_quantized_model(tmp_path):
+    """Initialised in FP8: the scales of its own blocks, written and read like a released one."""
+    small = SMALL | {"hidden_size": 160, "num_hidden_layers": 1, "first_k_dense_replace": 0}
+    config = deepseek.Config.from_dict(small | {"quantization_config": FP8})
+    model = deepseek.DeepseekForCausalLM(config, rngs=nnx.Rngs(0), mesh=mesh(2))
+    projection = model.model.layers[0].mlp.experts.down_proj
+    assert isinstance(projection.weight, deepseek.QuantizedWeight)
+    assert projection.weight_scale_inv.shape == (8, 2, 1)
+    model.save_pretrained(tmp_path)
+    ids = tokens(2, 5)
+    np.testing.assert_allclose(model(ids), deepseek.from_pretrained(tmp_path)(ids), rtol=0, atol=1e-5)
+
+
+def damaged(tmp_path, change, config=None):
+    """A copy of a small checkpoint with other tensors."""
+    small_model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    name = "model.layers.1.mlp.experts.5.up_proj.weight"
+    with pytest.raises(ValueError, match=f"tensor {name} is missing"):
+        deepseek.from_pretrained(damaged(tmp_path, lambda t: t.pop(name)))
+
+
+def test_an_unexpected_tensor_is_named(tmp_path):
+    def change(t):
+        t["model.layers.2.input_layernorm.weight"] = np.zeros(32, np.float32)
+        t["model.layers.0.mlp.gate.weight"] = np.zeros((8, 32), np.float32)
+
+    match = "tensor model.layers.0.mlp.gate.weight is not expected, and 1 more"
+    with pytest.raises(ValueError, match=match):
+        deepseek.from_pretrained(damaged(tmp_path, change))
+
+
+def test_a_wrong_shape_is_named(tmp_path):
+    def change(t):
+        t["model.layers.0.self_attn.o_proj.weight"] = np.zeros((32, 31), np.float32)
+
+    match = r"tensor model.layers.0.self_attn.o_proj.weight must have shape \[32, 32\], got \[32, 31\]"
+    with pytest.raises(ValueError, match=match):
+        deepseek.from_pretrained(damaged(tmp_path, change))
+
+
+def test_a_wrong_dtype_is_named(tmp_path):
+    def change(t):
+        t["model.layers.1.mlp.experts.1.up_proj.weight"] = np.zeros((16, 32), np.float16)
+        t["model.norm.weight"] = np.zeros(32, np.int32)
+
+    with pytest.raises(ValueError, match="experts.1.up_proj.weight must be .* for all experts, got float16"):
+        deepseek.from_pretrained(damaged(tmp_path, change))
+
+
+def test_scales_of_the_wrong_shape(tmp_path):
+    """96-row blocks, which some readers take silently."""
+    shutil.copytree(GOLDEN / "v3-fp8", tmp_path, dirs_exist_ok=True)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    name = "model.layers.0.self_attn.q_a_proj.weight_scale_inv"
+    header[name]["shape"] = [4, 1]
+    text = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(ValueError, match=rf"{name} must have shape \[2, 2\], got \[4, 1\]"):
+        deepseek.from_pretrained(tmp_path)
+
+
+def test_what_is_no_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        deepseek.from_pretrained(tmp_path)
+    small_model().save_pretrained(tmp_path)
+    whole = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[:-8])
+    with pytest.raises(ValueError, match="not a readable safetensors file.*does not fit"):
+        deepseek.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="neither model.safetensors nor"):
+        deepseek.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="5 devices must divide n_routed_experts 16"):
+        deepseek.from_pretrained(GOLDEN / "v3-tiny", mesh=mesh(5))
+    with pytest.raises(ValueError, match="max_shard_bytes"):
+        small_model().save_pretrained(tmp_path, max_shard_bytes=0)
