@@ -214,7 +214,9 @@ def _gemm_backward(static, saved, g):
 
     def product(b_block, dtype, *operands, **transposes):
         return _call_gemm(
-            _Static("gemm", UNSCALED, b_block, dtype.name, implementation=static.implementation), *operands, **transposes
+            _Static("gemm", UNSCALED, b_block, dtype.name, implementation=static.implementation),
+            *operands,
+            **transposes,
         )
 
     da = product(static.b_block, a.dtype, g, absent, b, b_scales, absent, transpose_b=True)
