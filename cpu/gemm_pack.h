@@ -19,6 +19,22 @@ JAXKERN_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : 
 JAXKERN_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 JAXKERN_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// How a product runs; see gemm.cc.
+enum class Form { dot, outer, amx };
+
+// One product, out = a b^T + accumulator, and its place in a chunk of them.
+struct Segment {
+  Operand a, b;
+  const void* accumulator;  // of the result's type, or null
+  void* out;                // [m, n]
+  DType out_type;
+  int64_t m, n, k;
+  Form form;
+  // Where the chunk's tasks and its packed a begin for this segment.
+  int64_t first_task, first_packing;
+  int64_t packed, packed_stride;  // packed is where in the chunk's floats; packed_stride, of a dot's rows
+};
+
 // Calls f with a value of the storage type.
 template <typename F>
 JAXKERN_INLINE void with_type(DType type, F f) {
