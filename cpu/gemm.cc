@@ -57,11 +57,16 @@ Form form_of(const Segment& s) {
 int64_t padded_rows(const Segment& s) { return ceil_div(s.m, kLanes) * kLanes; }
 int64_t panel_width(const Segment& s, int64_t panel) { return min(kPanel, padded_rows(s) - panel * kPanel); }
 
-// Rows of b in a task. Without full panels, the other loops' blocks of rows decide.
-int64_t task_rows(const Segment& s) {
-  return s.form == Form::amx ? 64 : s.form == Form::outer && s.m > kLanes ? kTaskRows : 96;
+// Rows of b in a task.
+int64_t task_rows(const Segment& s, int64_t threads) {
+#ifdef JAXKERN_LEVEL_avx512
+  // Longer tasks can fetch ahead.
+  if (s.form == Form::amx) return kAmxBlockRows * max(1, min(4, s.n / (kAmxBlockRows * 8 * threads)));
+#endif
+  // Without full panels, the other loops' blocks of rows decide.
+  return s.form == Form::outer && s.m > kLanes ? kTaskRows : 96;
 }
-int64_t tasks_of(const Segment& s) { return ceil_div(s.n, task_rows(s)); }
+int64_t tasks_of(const Segment& s) { return ceil_div(s.n, s.task_rows); }
 
 // A dot product reads float32 rows of a where they are.
 bool is_in_place(const Segment& s) { return s.form == Form::dot && s.a.type == DType::f32 && !s.a.transposed; }
@@ -176,14 +181,17 @@ void outer(const Segment& s, int64_t begin, int64_t rows, const float* packed) {
 #ifdef JAXKERN_LEVEL_avx512
 template <typename B>
 void amx(const Segment& s, int64_t begin, int64_t rows, float* packed) {
-  float* c = static_cast<float*>(scratch(padded_rows(s) * kAmxRows * sizeof(float), 1));
-  if (s.k == 0) std::memset(c, 0, padded_rows(s) * kAmxRows * sizeof(float));
+  size_t block = padded_rows(s) * kAmxRows;
+  size_t bytes = kAmxBlockRows / kAmxRows * block * sizeof(float);
+  float* c = static_cast<float*>(scratch(bytes, 1));
+  if (s.k == 0) std::memset(c, 0, bytes);
   TileConfig config;
   _tile_loadconfig(&config);
-  for (int64_t row = begin; row < begin + rows; row += kAmxRows) {
-    int64_t here = min(kAmxRows, begin + rows - row);
-    amx_outer<B>(s, row, here, packed, c);
-    finish_transposed(s, row, here, c, kTile, kAmxRows);
+  for (int64_t row = 0; row < rows; row += kAmxBlockRows) {
+    int64_t here = min(kAmxBlockRows, rows - row);
+    amx_outer<B>(s, begin + row, here, packed, c);
+    for (int64_t r = 0; r < here; r += kAmxRows)
+      finish_transposed(s, begin + row + r, min(kAmxRows, here - r), c + r / kAmxRows * block, kTile, kAmxRows);
   }
   _tile_release();
 }
@@ -289,7 +297,7 @@ void pack(const Segment& s, int64_t index, float* packed) {
 }
 
 void multiply(const Segment& s, int64_t index, float* packed) {
-  int64_t begin = index * task_rows(s), rows = min(task_rows(s), s.n - begin);
+  int64_t begin = index * s.task_rows, rows = min(s.task_rows, s.n - begin);
   with_type(s.b.type, [&](auto type) {
     using B = decltype(type);
 #ifdef JAXKERN_LEVEL_avx512
@@ -330,6 +338,7 @@ class Chunk {
   void append(Segment s) {
     if (s.m == 0 || s.n == 0) return;
     s.form = form_of(s);
+    s.task_rows = task_rows(s, threads_.count());
     s.packed_stride = ceil_div(s.k, kLanes) * kLanes;
     int64_t floats = packed_floats(s);
     if (count_ == kMaxSegments || (count_ > 0 && floats_ + floats > kMaxPackedFloats)) run();

@@ -13,29 +13,28 @@
 namespace jaxkern::cpu::JAXKERN_LEVEL {
 namespace {
 
-constexpr int64_t kTile = 16;        // rows of a tile
-constexpr int64_t kTileK = 32;       // of k in a tile
-constexpr int64_t kTileBytes = 64;   // of a row of a tile
-constexpr int64_t kAmxRows = 32;     // of b at a time: two tiles
-constexpr int64_t kAmxBlockK = 512;  // of k at a time, a multiple of kScaleBlock
+constexpr int64_t kTile = 16;          // rows of a tile
+constexpr int64_t kTileK = 32;         // of k in a tile
+constexpr int64_t kTileBytes = 64;     // of a row of a tile
+constexpr int64_t kAmxRows = 32;       // of b at a time: two tiles
+constexpr int64_t kAmxBlockRows = 64;  // of b packed at a time
+constexpr int64_t kAmxBlockK = 1024;   // of k at a time, a multiple of kScaleBlock
 constexpr int64_t kAmxRowStride = kAmxBlockK + 32;
 
 // 32 elements as bfloat16.
 JAXKERN_INLINE __m512i load_bf16(const bf16* p) { return _mm512_loadu_si512(p); }
 
+// Normal codes need another exponent bias only; those with the smallest and the largest exponent (denormals, NaN) come
+// from a table.
 JAXKERN_INLINE __m512i load_bf16(const e4m3* p) {
-  // Rebias the exponent; the eight denormals come from a table, and the largest code is NaN.
-  const __m512i denormals = _mm512_set_epi64(0, 0, 0, 0, 0, 0, 0x3c603c403c203c00, 0x3bc03b803b000000);
+  const __m512i table = _mm512_set_epi64(0x7fc043e043d043c0, 0x43b043a043904380, 0, 0, 0, 0,  //
+                                         0x3c603c403c203c00, 0x3bc03b803b000000);
   __m512i code = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  __m512i bits = _mm512_and_si512(_mm512_slli_epi16(code, 4), _mm512_set1_epi16(int16_t(0x87f0)));
-  __m512i value = _mm512_add_epi16(bits, _mm512_set1_epi16(120 << 7));
-  __mmask32 small = _mm512_testn_epi16_mask(code, _mm512_set1_epi16(0x78));
-  __m512i sign = _mm512_and_si512(code, _mm512_set1_epi16(int16_t(0x8000)));
-  value = _mm512_mask_mov_epi16(
-      value, small,
-      _mm512_or_si512(_mm512_permutexvar_epi16(_mm512_and_si512(code, _mm512_set1_epi16(7)), denormals), sign));
-  __mmask32 nan = _mm512_cmpeq_epi16_mask(_mm512_and_si512(code, _mm512_set1_epi16(0x7f)), _mm512_set1_epi16(0x7f));
-  return _mm512_mask_mov_epi16(value, nan, _mm512_set1_epi16(0x7fc0));
+  __m512i magnitude = _mm512_and_si512(_mm512_slli_epi16(code, 4), _mm512_set1_epi16(0x7f0));
+  __m512i value = _mm512_add_epi16(magnitude, _mm512_set1_epi16(120 << 7));
+  __mmask32 special = _mm512_testn_epi16_mask(_mm512_add_epi16(code, _mm512_set1_epi16(8)), _mm512_set1_epi16(0x70));
+  value = _mm512_mask_permutexvar_epi16(value, special, code, table);
+  return _mm512_ternarylogic_epi32(value, code, _mm512_set1_epi16(int16_t(0x8000)), 0xf8);  // value | (code & sign)
 }
 
 // The first n, n < 32; the others are zero.
@@ -92,12 +91,16 @@ struct TileConfig {
 // The tile instructions do not tell the compiler what memory they read.
 JAXKERN_INLINE void memory_barrier() { asm volatile("" ::: "memory"); }
 
+// Rows [row, row + rows) of b, k [k0, k0 + kc), as [rows rounded up to kAmxRows][kAmxRowStride]. What is `ahead`
+// elements further on will be wanted next.
 template <typename B>
-void amx_pack_rows(const Operand& b, int64_t row, int64_t rows, int64_t k0, int64_t kc, bf16* to) {
-  for (int64_t r = 0; r < kAmxRows; ++r) {
+void amx_pack_rows(const Operand& b, int64_t row, int64_t rows, int64_t k0, int64_t kc, int64_t ahead, bf16* to) {
+  for (int64_t r = 0; r < ceil_div(rows, kAmxRows) * kAmxRows; ++r) {
     const B* x = static_cast<const B*>(b.data) + (row + r) * b.stride + k0;
-    for (int64_t i = 0; i < kc; i += kTileK)
+    for (int64_t i = 0; i < kc; i += kTileK) {
+      if (i % (64 / int64_t(sizeof(B))) == 0) __builtin_prefetch(x + i + ahead, 0, 2);
       _mm512_storeu_si512(to + r * kAmxRowStride + i, r < rows ? load_bf16_lanes(x + i, kc - i) : __m512i{});
+    }
   }
 }
 
@@ -173,29 +176,34 @@ void amx_block(const bf16* b, const bf16* a, int64_t panel_stride, int64_t kc, b
   }
 }
 
-// c, panels [32][16] of out^T, for the rows [row, row + rows) of b, at most 32.
+// c [blocks of 32 rows][panels][32][16] of out^T, for the rows [row, row + rows) of b, at most kAmxBlockRows.
 template <typename B>
 void amx_outer(const Segment& s, int64_t row, int64_t rows, float* packed, float* c) {
   constexpr bool kScaled = std::is_same_v<B, e4m3>;
-  bf16* b = static_cast<bf16*>(scratch(kAmxRows * kAmxRowStride * sizeof(bf16), 0));
-  float b_scales[kAmxBlockK / kScaleBlock * kAmxRows] = {};
+  bf16* b = static_cast<bf16*>(scratch(kAmxBlockRows * kAmxRowStride * sizeof(bf16), 0));
+  float b_scales[kAmxBlockRows / kAmxRows][kAmxBlockK / kScaleBlock * kAmxRows] = {};
   int64_t panels = ceil_div(s.m, kTile), stride = amx_panel_floats(s) * 2;
   for (int64_t k0 = 0; k0 < s.k; k0 += kAmxBlockK) {
     int64_t kc = min(kAmxBlockK, s.k - k0);
-    amx_pack_rows<B>(s.b, row, rows, k0, kc, b);
+    int64_t ahead = k0 + kAmxBlockK < s.k ? kAmxBlockK : kAmxBlockRows * s.b.stride - k0;
+    amx_pack_rows<B>(s.b, row, rows, k0, kc, ahead, b);
     if constexpr (kScaled) {
       for (int64_t k = 0; k < kc; k += kScaleBlock)
-        for (int64_t r = 0; r < rows; ++r) b_scales[k / kScaleBlock * kAmxRows + r] = scale_at(s.b, row + r, k0 + k);
+        for (int64_t r = 0; r < rows; ++r)
+          b_scales[r / kAmxRows][k / kScaleBlock * kAmxRows + r % kAmxRows] = scale_at(s.b, row + r, k0 + k);
     }
     memory_barrier();
     for (int64_t panel = 0; panel < panels; panel += 2) {
       const bf16* a = amx_panel(s, packed, panel) + k0 * kTile;
       const float* a_scales = amx_panel_scales(s, packed, panel) + k0 / kScaleBlock * kTile;
-      float* to = c + panel * kAmxRows * kTile;
-      if (panel + 1 < panels)
-        amx_block<2, kScaled>(b, a, stride, kc, k0 == 0, a_scales, b_scales, to);
-      else
-        amx_block<1, kScaled>(b, a, stride, kc, k0 == 0, a_scales, b_scales, to);
+      for (int64_t block = 0; block * kAmxRows < rows; ++block) {
+        const bf16* b_block = b + block * kAmxRows * kAmxRowStride;
+        float* to = c + (block * panels + panel) * kAmxRows * kTile;
+        if (panel + 1 < panels)
+          amx_block<2, kScaled>(b_block, a, stride, kc, k0 == 0, a_scales, b_scales[block], to);
+        else
+          amx_block<1, kScaled>(b_block, a, stride, kc, k0 == 0, a_scales, b_scales[block], to);
+      }
     }
     memory_barrier();
   }
