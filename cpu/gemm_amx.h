@@ -91,14 +91,14 @@ struct TileConfig {
 // The tile instructions do not tell the compiler what memory they read.
 JAXKERN_INLINE void memory_barrier() { asm volatile("" ::: "memory"); }
 
-// Rows [row, row + rows) of b, k [k0, k0 + kc), as [rows rounded up to kAmxRows][kAmxRowStride]. What is `ahead`
-// elements further on will be wanted next.
+// Rows [row, row + rows) of b, k [k0, k0 + kc), as [rows rounded up to kAmxRows][kAmxRowStride]. The rows are too short
+// for the hardware to fetch them ahead.
 template <typename B>
-void amx_pack_rows(const Operand& b, int64_t row, int64_t rows, int64_t k0, int64_t kc, int64_t ahead, bf16* to) {
+void amx_pack_rows(const Operand& b, int64_t row, int64_t rows, int64_t k0, int64_t kc, bf16* to) {
   for (int64_t r = 0; r < ceil_div(rows, kAmxRows) * kAmxRows; ++r) {
     const B* x = static_cast<const B*>(b.data) + (row + r) * b.stride + k0;
     for (int64_t i = 0; i < kc; i += kTileK) {
-      if (i % (64 / int64_t(sizeof(B))) == 0) __builtin_prefetch(x + i + ahead, 0, 2);
+      if (i % (64 / int64_t(sizeof(B))) == 0) __builtin_prefetch(x + i + 2 * b.stride);
       _mm512_storeu_si512(to + r * kAmxRowStride + i, r < rows ? load_bf16_lanes(x + i, kc - i) : __m512i{});
     }
   }
@@ -185,8 +185,7 @@ void amx_outer(const Segment& s, int64_t row, int64_t rows, float* packed, float
   int64_t panels = ceil_div(s.m, kTile), stride = amx_panel_floats(s) * 2;
   for (int64_t k0 = 0; k0 < s.k; k0 += kAmxBlockK) {
     int64_t kc = min(kAmxBlockK, s.k - k0);
-    int64_t ahead = k0 + kAmxBlockK < s.k ? kAmxBlockK : kAmxBlockRows * s.b.stride - k0;
-    amx_pack_rows<B>(s.b, row, rows, k0, kc, ahead, b);
+    amx_pack_rows<B>(s.b, row, rows, k0, kc, b);
     if constexpr (kScaled) {
       for (int64_t k = 0; k < kc; k += kScaleBlock)
         for (int64_t r = 0; r < rows; ++r)
