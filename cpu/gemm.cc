@@ -46,9 +46,7 @@ constexpr int kNarrowRows = kAccumulators >= 24 ? 24 : kAccumulators;  // of b a
 
 Form form_of(const Segment& s) {
 #ifdef JAXKERN_LEVEL_avx512
-  // bfloat16 weights are memory bound up to some more rows than the matrix unit's setting up is worth.
-  bool worthwhile = s.b.type == DType::e4m3 || s.m > kDotRows;
-  if (simd_level() == Level::amx && worthwhile && can_amx(s.a) && can_amx(s.b)) return Form::amx;
+  if (simd_level() == Level::amx && s.m >= kAmxMinRows && can_amx(s.a) && can_amx(s.b)) return Form::amx;
 #endif
   return s.m <= kDotRows && !s.b.transposed ? Form::dot : Form::outer;
 }
@@ -199,13 +197,19 @@ void amx(const Segment& s, int64_t begin, int64_t rows, float* packed) {
 
 // ---- few rows: dot products ----
 
+// The rows of b that one pass takes against kRows rows of a.
+template <typename B, int kRows>
+constexpr int kDotColumns = min(std::is_same_v<B, e4m3> ? 4 : 8, kDotAccumulators / kRows);
+
 // sums [kRows][kTaskRows] at column 0 to count - 1: the rows of a times the rows of b from `row` on.
 template <typename B, int kRows>
 void dot_block(const float* a, int64_t a_stride, const Operand& b, int64_t row, int64_t count, int64_t k, float* sums) {
-  constexpr int kColumns = min(8, kDotAccumulators / kRows);
+  constexpr bool kScaled = std::is_same_v<B, e4m3>;
+  constexpr bool kScaleSums = kScaled && kRows == 1;  // with more rows, scaling b is less work
+  constexpr int kColumns = kDotColumns<B, kRows>;
   const B* x[kColumns];
   int64_t rows[kColumns];
-  f32v total[kRows][kColumns];
+  f32v total[kRows][kColumns], scales[kColumns], part[kColumns];
 #pragma GCC unroll 8
   for (int c = 0; c < kColumns; ++c) {
     rows[c] = row + min(c, count - 1);  // past the end the last row again; its sums are not kept
@@ -213,29 +217,35 @@ void dot_block(const float* a, int64_t a_stride, const Operand& b, int64_t row, 
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) total[r][c] = f32v{};
   }
-  f32v scales[kColumns];
-  auto step = [&](int64_t i, auto load_x) __attribute__((always_inline)) {
+  auto step = [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
     f32v y[kColumns];
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) {
-      y[c] = load_x(x[c] + i);
-      if constexpr (std::is_same_v<B, e4m3>) y[c] *= scales[c];
+      y[c] = load_fast_lanes(x[c] + i, lanes);
+      if constexpr (kScaled && !kScaleSums) y[c] *= scales[c];
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      f32v z = load_x(a + r * a_stride + i);
+      f32v z = load_lanes(a + r * a_stride + i, lanes);
 #pragma GCC unroll 8
-      for (int c = 0; c < kColumns; ++c) total[r][c] += z * y[c];
+      for (int c = 0; c < kColumns; ++c) (kScaleSums ? part[c] : total[r][c]) += z * y[c];
     }
   };
   for (int64_t block = 0; block < k; block += kScaleBlock) {
-    if constexpr (std::is_same_v<B, e4m3>) {
-#pragma GCC unroll 8
-      for (int c = 0; c < kColumns; ++c) scales[c] = splat(scale_at(b, rows[c], block));
-    }
     int64_t end = min(k, block + kScaleBlock), i = block;
-    for (; i + kLanes <= end; i += kLanes) step(i, [](auto* p) __attribute__((always_inline)) { return load(p); });
-    if (i < end) step(i, [=](auto* p) __attribute__((always_inline)) { return load_first(p, end - i); });
+    if constexpr (kScaled) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumns; ++c) {
+        scales[c] = splat(fast_scale(b, rows[c], block, end - block));
+        part[c] = f32v{};
+      }
+    }
+    for (; i + kLanes <= end; i += kLanes) step(i, kLanes);
+    if (i < end) step(i, end - i);
+    if constexpr (kScaleSums) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumns; ++c) total[0][c] += part[c] * scales[c];
+    }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -248,7 +258,7 @@ template <typename B, int kRows = kDotRows>
 void dot(const Segment& s, int64_t begin, int64_t rows, const float* a, int64_t a_stride) {
   if constexpr (kRows > 1)
     if (s.m < kRows) return dot<B, kRows - 1>(s, begin, rows, a, a_stride);
-  constexpr int kColumns = min(8, kDotAccumulators / kRows);
+  constexpr int kColumns = kDotColumns<B, kRows>;
   float sums[kRows * kTaskRows];
   for (int64_t c = 0; c < rows; c += kColumns)
     dot_block<B, kRows>(a, a_stride, s.b, begin + c, min(kColumns, rows - c), s.k, sums + c);

@@ -13,6 +13,7 @@
 namespace jaxkern::cpu::JAXKERN_LEVEL {
 namespace {
 
+constexpr int64_t kAmxMinRows = 5;     // of a; fewer are faster without
 constexpr int64_t kTile = 16;          // rows of a tile
 constexpr int64_t kTileK = 32;         // of k in a tile
 constexpr int64_t kTileBytes = 64;     // of a row of a tile

@@ -383,7 +383,8 @@ def test_export_with_a_symbolic_m():
     for rows in (5, 20):
         dense, grouped = run(normal(rows, 200))
         check_gemm(normal(rows, 200), b, dense)
-        np.testing.assert_array_equal(grouped[:3], dense[:3] if rows < 9 else gemm(normal(rows, 200)[:3], b))
+        check_gemm(normal(rows, 200)[:3], b, grouped[:3])
+        assert not np.asarray(grouped[3:]).any()
 
 
 def digest() -> str:
