@@ -35,11 +35,13 @@ constexpr int kAccumulators = 28;  // registers of sums in the outer loop, of 32
 constexpr int64_t kDotRows = 8;
 constexpr int kDotAccumulators = 24;
 constexpr int64_t kTaskRows = 112;  // the most rows of b in a task: a multiple of kLanes and of kWideRows
+constexpr int64_t kTailRows = 28;   // of b in the last tasks
 #else
 constexpr int kAccumulators = 12;  // of 16
 constexpr int64_t kDotRows = 4;
 constexpr int kDotAccumulators = 12;
 constexpr int64_t kTaskRows = 96;
+constexpr int64_t kTailRows = 24;
 #endif
 constexpr int kWideRows = kAccumulators / kPanelVectors;               // of b against a full panel of a
 constexpr int kNarrowRows = kAccumulators >= 24 ? 24 : kAccumulators;  // of b against a panel of one register
@@ -55,16 +57,26 @@ Form form_of(const Segment& s) {
 int64_t padded_rows(const Segment& s) { return ceil_div(s.m, kLanes) * kLanes; }
 int64_t panel_width(const Segment& s, int64_t panel) { return min(kPanel, padded_rows(s) - panel * kPanel); }
 
-// Rows of b in a task.
-int64_t task_rows(const Segment& s, int64_t threads) {
+// Cuts b into tasks: full ones, and smaller ones at the end so that all threads finish together.
+void plan_tasks(Segment& s, int64_t threads) {
+  bool wide = s.form == Form::outer && s.m > kLanes;
+  s.task_rows = wide ? kTaskRows : 96;
+  s.tail_rows = wide ? kTailRows : 24;
 #ifdef JAXKERN_LEVEL_avx512
   // Longer tasks can fetch ahead.
-  if (s.form == Form::amx) return kAmxBlockRows * max(1, min(4, s.n / (kAmxBlockRows * 8 * threads)));
+  if (s.form == Form::amx) {
+    s.task_rows = kAmxBlockRows * max(1, min(4, s.n / (kAmxBlockRows * 8 * threads)));
+    s.tail_rows = kAmxBlockRows;
+  }
 #endif
-  // Without full panels, the other loops' blocks of rows decide.
-  return s.form == Form::outer && s.m > kLanes ? kTaskRows : 96;
+  s.full_tasks = max(0, s.n - threads * s.task_rows) / s.task_rows;
+  if (s.b.transposed) {  // which is packed by whole registers
+    s.full_tasks = s.n / s.task_rows;
+    s.tail_rows = s.task_rows;
+  }
 }
-int64_t tasks_of(const Segment& s) { return ceil_div(s.n, s.task_rows); }
+
+int64_t tasks_of(const Segment& s) { return s.full_tasks + ceil_div(s.n - s.full_tasks * s.task_rows, s.tail_rows); }
 
 // A dot product reads float32 rows of a where they are.
 bool is_in_place(const Segment& s) { return s.form == Form::dot && s.a.type == DType::f32 && !s.a.transposed; }
@@ -307,7 +319,8 @@ void pack(const Segment& s, int64_t index, float* packed) {
 }
 
 void multiply(const Segment& s, int64_t index, float* packed) {
-  int64_t begin = index * s.task_rows, rows = min(s.task_rows, s.n - begin);
+  int64_t full = min(index, s.full_tasks), size = index < s.full_tasks ? s.task_rows : s.tail_rows;
+  int64_t begin = full * s.task_rows + (index - full) * s.tail_rows, rows = min(size, s.n - begin);
   with_type(s.b.type, [&](auto type) {
     using B = decltype(type);
 #ifdef JAXKERN_LEVEL_avx512
@@ -348,7 +361,7 @@ class Chunk {
   void append(Segment s) {
     if (s.m == 0 || s.n == 0) return;
     s.form = form_of(s);
-    s.task_rows = task_rows(s, threads_.count());
+    plan_tasks(s, threads_.count());
     s.packed_stride = ceil_div(s.k, kLanes) * kLanes;
     int64_t floats = packed_floats(s);
     if (count_ == kMaxSegments || (count_ > 0 && floats_ + floats > kMaxPackedFloats)) run();

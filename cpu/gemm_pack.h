@@ -30,7 +30,7 @@ struct Segment {
   DType out_type;
   int64_t m, n, k;
   Form form;
-  int64_t task_rows;
+  int64_t full_tasks, task_rows, tail_rows;  // tasks of task_rows rows of b each, then of tail_rows
   // Where the chunk's tasks and its packed a begin for this segment.
   int64_t first_task, first_packing;
   int64_t packed, packed_stride;  // packed is where in the chunk's floats; packed_stride, of a dot's rows
