@@ -147,6 +147,11 @@ void finish_columns(const Segment& s, int64_t begin, int64_t rows, const float* 
   for (int64_t row = 0; row < s.m; row += kLanes) {
     int64_t first = row / panel * panel, width = min(panel, padded_rows(s) - first), count = min(kLanes, s.m - row);
     const float* from = c + first * panel_rows + row - first;
+    // The rows of the result are far apart, so nothing but this fetches the next ones.
+    const Out* next = static_cast<const Out*>(s.out) + (row + kLanes) * s.n + begin;
+    for (int64_t r = 0; r < min(kLanes, s.m - row - kLanes); ++r)
+      for (int64_t column = 0; column < rows; column += 64 / int64_t(sizeof(Out)))
+        __builtin_prefetch(next + r * s.n + column, 1);
     for (int64_t column = 0; column < rows; column += kLanes) {
       int64_t lanes = min(kLanes, rows - column);
       f32v square[kLanes];
