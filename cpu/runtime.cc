@@ -9,10 +9,33 @@
 
 #include "cpu/levels.h"
 
+#ifdef JAXKERN_X86
+#include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace jaxkern::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
+
+#ifdef JAXKERN_X86
+// Whether there is a matrix unit for bfloat16 and the system lets this process use it, which it must be asked for.
+bool has_amx() {
+  unsigned a, b, c, d;
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTiles)) != (kBf16 | kTiles)) return false;
+#ifdef __linux__
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 Level detect() {
   int best = 0;
@@ -22,7 +45,7 @@ Level detect() {
     best = 1;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
-      best = 2;
+      best = has_amx() ? 3 : 2;
   }
 #endif
   if (const char* wanted = std::getenv("JAXKERN_SIMD"))
