@@ -95,12 +95,25 @@ void pack_queries(const T* q, int64_t rows, int64_t width, float* panels) {
   }
 }
 
-JAXKERN_INLINE void copy(const bf16* from, bf16* to, int64_t n) { std::memcpy(to, from, n * sizeof(bf16)); }
+// Two memory pages ahead of the row that is being copied: the hardware's own prefetcher stops at the end of one.
+JAXKERN_INLINE void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + 8192, 0, 2); }
+
+JAXKERN_INLINE void copy(const bf16* from, bf16* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    prefetch(from + i);
+    store_raw(to + i, load_raw<f32v>(from + i));
+  }
+  for (; i < n; ++i) to[i] = from[i];
+}
 
 template <typename T>
 JAXKERN_INLINE void copy(const T* from, float* to, int64_t n) {
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+  for (; i + kLanes <= n; i += kLanes) {
+    prefetch(from + i);
+    store(to + i, load(from + i));
+  }
   for (; i < n; ++i) to[i] = to_f32(from[i]);
 }
 

@@ -31,7 +31,9 @@ def mla_decode(
         causal, query i of s sees the keys [0, seq_len - (s - 1 - i)); without it, [0, seq_len). A page that is none of
         the cache's holds no keys, a length beyond the table is the table's, a negative one is 0. A query without keys
         has out 0 and lse -inf. Rows of the cache that are no key, and entries of the table past a request's length,
-        may hold anything. lse is the natural logarithm of the sum of exp(softmax_scale * q . key); sums are float32.
+        may hold anything. lse is the natural logarithm of the sum of exp(softmax_scale * q . key). Sums are float32; so
+        are the weights of the values, unless q and the cache are bfloat16: then 16 bits of a weight may be all that
+        count, more than the result keeps.
     num_splits: how many parts of equal length a request is cut into, to be computed in parallel and merged in order;
         None cuts by the request's own length. A request's result depends neither on the rest of the batch nor on the
         number of threads.

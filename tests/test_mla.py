@@ -132,9 +132,10 @@ def test_decode_of_one_key_is_its_value(implementation):
     np.testing.assert_allclose(lse[:, 0], 0.5 * np.einsum("bhd,bd->bh", q[:, 0], keys), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_decode_masks_pages_outside_the_cache(implementation):
-    q, cache, table, seq_lens = paged(1, 2, 2, 5, 16, 40, [700, 90])
+def test_decode_masks_pages_outside_the_cache(implementation, dtype):
+    q, cache, table, seq_lens = paged(1, 2, 2, 5, 16, 40, [700, 90], q_dtype=dtype, dtype=dtype)
     table[0, [0, 7, 30, 43]] = [-1, len(cache), 2**31 - 1, -(2**31)]
     table[1, :] = 10**6
     assert_decodes((q, cache, table, seq_lens), implementation, softmax_scale=0.3, latent_dim=32)
@@ -148,18 +149,20 @@ def test_decode_clamps_lengths_to_the_table(implementation):
         assert_decodes(arrays, implementation, softmax_scale=0.3, latent_dim=32)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_decode_shows_a_nan_to_those_that_attend_to_it_only(implementation):
-    q, cache, table, seq_lens = paged(3, 3, 2, 3, 16, 40, [50, 50, 700])
+def test_decode_shows_a_nan_to_those_that_attend_to_it_only(implementation, dtype):
+    q, cache, table, seq_lens = paged(3, 3, 2, 3, 16, 40, [50, 50, 700], q_dtype=dtype, dtype=dtype)
     clean = decode_by_hand(q, cache, table, seq_lens, softmax_scale=0.3, latent_dim=32)
     cache[table[0, 20 // 16], 20 % 16, 5] = np.nan  # a value
     cache[table[1, 49 // 16], 49 % 16, 35] = np.nan  # not a value; key of the last query only
     cache[table[2, 699 // 16], 699 % 16, 3] = np.inf
     out, lse = mla_decode(q, cache, table, seq_lens, softmax_scale=0.3, latent_dim=32, implementation=implementation)
     touched = np.array([[True, True], [False, True], [False, True]])
-    np.testing.assert_array_equal(np.isnan(out[:2]).any(axis=(2, 3)), touched[:2])
+    np.testing.assert_array_equal(np.isnan(np.asarray(out[:2], np.float32)).any(axis=(2, 3)), touched[:2])
     np.testing.assert_array_equal(np.isnan(lse[:2]).any(axis=2), touched[:2])
-    np.testing.assert_allclose(np.asarray(out)[~touched], clean[0][~touched], rtol=1e-5, atol=1e-6)
+    rtol = 1e-5 if dtype == np.float32 else 1 / 250
+    np.testing.assert_allclose(np.asarray(out, np.float64)[~touched], clean[0][~touched], rtol=rtol, atol=1e-5)
     np.testing.assert_allclose(np.asarray(lse)[~touched], clean[1][~touched], rtol=1e-5, atol=1e-6)
 
 
