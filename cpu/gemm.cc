@@ -2,6 +2,7 @@
 
 #include <cstddef>
 
+#include "cpu/gemm_amx.h"
 #include "cpu/gemm_pack.h"
 #include "cpu/simd.h"
 
@@ -13,6 +14,8 @@
 // with all rows of a (`dot`). Any other segment runs with the operands swapped, as out^T = b a^T: the rows of a lie
 // along the lanes, so that a is what must be transposed, once, while b, of which there is more, is only converted, and
 // each element of it is broadcast (`outer`).
+//
+// On Level::amx, products of bfloat16 and FP8 run on the matrix unit (`amx`), swapped in the same way.
 //
 // The order in which k is summed depends on k and on the number of rows alone, so results do not depend on the number
 // of threads.
@@ -32,36 +35,62 @@ constexpr int kAccumulators = 28;  // registers of sums in the outer loop, of 32
 constexpr int64_t kDotRows = 8;
 constexpr int kDotAccumulators = 24;
 constexpr int64_t kTaskRows = 112;  // the most rows of b in a task: a multiple of kLanes and of kWideRows
+constexpr int64_t kTailRows = 28;   // of b in the last tasks
 #else
 constexpr int kAccumulators = 12;  // of 16
 constexpr int64_t kDotRows = 4;
 constexpr int kDotAccumulators = 12;
 constexpr int64_t kTaskRows = 96;
+constexpr int64_t kTailRows = 24;
 #endif
 constexpr int kWideRows = kAccumulators / kPanelVectors;               // of b against a full panel of a
 constexpr int kNarrowRows = kAccumulators >= 24 ? 24 : kAccumulators;  // of b against a panel of one register
 
-struct Segment {
-  Operand a, b;
-  const void* accumulator;  // of the result's type, or null
-  void* out;                // [m, n]
-  DType out_type;
-  int64_t m, n, k;
-  // Where the chunk's tasks and its packed a begin for this segment.
-  int64_t first_task, first_packing;
-  int64_t packed, packed_stride;
-};
+Form form_of(const Segment& s) {
+#ifdef JAXKERN_LEVEL_avx512
+  if (simd_level() == Level::amx && s.m >= kAmxMinRows && can_amx(s.a) && can_amx(s.b)) return Form::amx;
+#endif
+  return s.m <= kDotRows && !s.b.transposed ? Form::dot : Form::outer;
+}
 
-bool is_dot(const Segment& s) { return s.m <= kDotRows && !s.b.transposed; }
 // Panels are full but for the last, which has one register if that is enough.
-int64_t padded_rows(const Segment& s) { return is_dot(s) ? s.m : ceil_div(s.m, kLanes) * kLanes; }
+int64_t padded_rows(const Segment& s) { return ceil_div(s.m, kLanes) * kLanes; }
 int64_t panel_width(const Segment& s, int64_t panel) { return min(kPanel, padded_rows(s) - panel * kPanel); }
 
-// Without full panels, the other loops' blocks of rows decide.
-int64_t task_rows(const Segment& s) { return padded_rows(s) > kLanes ? kTaskRows : 96; }
-int64_t tasks_of(const Segment& s) { return ceil_div(s.n, task_rows(s)); }
-int64_t panels_of(const Segment& s) { return is_dot(s) ? 1 : ceil_div(s.m, kPanel); }
-int64_t packings_of(const Segment& s) { return panels_of(s) * ceil_div(s.k, kPackK); }
+// Cuts b into tasks: full ones, and smaller ones at the end so that all threads finish together.
+void plan_tasks(Segment& s, int64_t threads) {
+  bool wide = s.form == Form::outer && s.m > kLanes;
+  s.task_rows = wide ? kTaskRows : 96;
+  s.tail_rows = wide ? kTailRows : 24;
+#ifdef JAXKERN_LEVEL_avx512
+  // Longer tasks can fetch ahead.
+  if (s.form == Form::amx) {
+    s.task_rows = kAmxBlockRows * max(1, min(4, s.n / (kAmxBlockRows * 8 * threads)));
+    s.tail_rows = kAmxBlockRows;
+  }
+#endif
+  s.full_tasks = max(0, s.n - threads * s.task_rows) / s.task_rows;
+  if (s.b.transposed) {  // which is packed by whole registers
+    s.full_tasks = s.n / s.task_rows;
+    s.tail_rows = s.task_rows;
+  }
+}
+
+int64_t tasks_of(const Segment& s) { return s.full_tasks + ceil_div(s.n - s.full_tasks * s.task_rows, s.tail_rows); }
+
+// A dot product reads float32 rows of a where they are.
+bool is_in_place(const Segment& s) { return s.form == Form::dot && s.a.type == DType::f32 && !s.a.transposed; }
+int64_t panels_of(const Segment& s) {
+  return s.form == Form::amx ? ceil_div(s.m, kLanes) : s.form == Form::outer ? ceil_div(s.m, kPanel) : 1;
+}
+int64_t packings_of(const Segment& s) { return is_in_place(s) ? 0 : panels_of(s) * ceil_div(s.k, kPackK); }
+int64_t packed_floats(const Segment& s) {
+  if (is_in_place(s)) return 0;
+#ifdef JAXKERN_LEVEL_avx512
+  if (s.form == Form::amx) return panels_of(s) * amx_panel_floats(s);
+#endif
+  return (s.form == Form::dot ? s.m : padded_rows(s)) * s.packed_stride;
+}
 
 // ---- many rows: out^T = b a^T ----
 
@@ -111,12 +140,18 @@ JAXKERN_INLINE void finish(const Segment& s, int64_t row, int64_t column, int64_
   store_lanes(static_cast<Out*>(s.out) + at, x, lanes);
 }
 
-// The columns [begin, begin + rows) of the result from c, panels of [kTaskRows][width].
+// The columns [begin, begin + rows) of the result from c, panels [panel_rows][width] of the transposed result. Panels
+// are `panel` wide but for the last, which may be narrower.
 template <typename Out>
-void finish_outer(const Segment& s, int64_t begin, int64_t rows, const float* c) {
+void finish_columns(const Segment& s, int64_t begin, int64_t rows, const float* c, int64_t panel, int64_t panel_rows) {
   for (int64_t row = 0; row < s.m; row += kLanes) {
-    int64_t panel = row / kPanel, width = panel_width(s, panel), count = min(kLanes, s.m - row);
-    const float* from = c + panel * kPanel * kTaskRows + row % kPanel;
+    int64_t first = row / panel * panel, width = min(panel, padded_rows(s) - first), count = min(kLanes, s.m - row);
+    const float* from = c + first * panel_rows + row - first;
+    // The rows of the result are far apart, so nothing but this fetches the next ones.
+    const Out* next = static_cast<const Out*>(s.out) + (row + kLanes) * s.n + begin;
+    for (int64_t r = 0; r < min(kLanes, s.m - row - kLanes); ++r)
+      for (int64_t column = 0; column < rows; column += 64 / int64_t(sizeof(Out)))
+        __builtin_prefetch(next + r * s.n + column, 1);
     for (int64_t column = 0; column < rows; column += kLanes) {
       int64_t lanes = min(kLanes, rows - column);
       f32v square[kLanes];
@@ -128,6 +163,12 @@ void finish_outer(const Segment& s, int64_t begin, int64_t rows, const float* c)
         if (j < count) finish<Out>(s, row + j, begin + column, lanes, square[j]);
     }
   }
+}
+
+void finish_transposed(const Segment& s, int64_t begin, int64_t rows, const float* c, int64_t panel,
+                       int64_t panel_rows) {
+  s.out_type == DType::f32 ? finish_columns<float>(s, begin, rows, c, panel, panel_rows)
+                           : finish_columns<bf16>(s, begin, rows, c, panel, panel_rows);
 }
 
 template <typename B>
@@ -149,18 +190,43 @@ void outer(const Segment& s, int64_t begin, int64_t rows, const float* packed) {
     }
     k0 += kBlockK;
   } while (k0 < s.k);
-  s.out_type == DType::f32 ? finish_outer<float>(s, begin, rows, c) : finish_outer<bf16>(s, begin, rows, c);
+  finish_transposed(s, begin, rows, c, kPanel, kTaskRows);
 }
 
+#ifdef JAXKERN_LEVEL_avx512
+template <typename B>
+void amx(const Segment& s, int64_t begin, int64_t rows, float* packed) {
+  size_t block = padded_rows(s) * kAmxRows;
+  size_t bytes = kAmxBlockRows / kAmxRows * block * sizeof(float);
+  float* c = static_cast<float*>(scratch(bytes, 1));
+  if (s.k == 0) std::memset(c, 0, bytes);
+  TileConfig config;
+  _tile_loadconfig(&config);
+  for (int64_t row = 0; row < rows; row += kAmxBlockRows) {
+    int64_t here = min(kAmxBlockRows, rows - row);
+    amx_outer<B>(s, begin + row, here, packed, c);
+    for (int64_t r = 0; r < here; r += kAmxRows)
+      finish_transposed(s, begin + row + r, min(kAmxRows, here - r), c + r / kAmxRows * block, kTile, kAmxRows);
+  }
+  _tile_release();
+}
+#endif
+
 // ---- few rows: dot products ----
+
+// The rows of b that one pass takes against kRows rows of a.
+template <typename B, int kRows>
+constexpr int kDotColumns = min(std::is_same_v<B, e4m3> ? 4 : 8, kDotAccumulators / kRows);
 
 // sums [kRows][kTaskRows] at column 0 to count - 1: the rows of a times the rows of b from `row` on.
 template <typename B, int kRows>
 void dot_block(const float* a, int64_t a_stride, const Operand& b, int64_t row, int64_t count, int64_t k, float* sums) {
-  constexpr int kColumns = min(8, kDotAccumulators / kRows);
+  constexpr bool kScaled = std::is_same_v<B, e4m3>;
+  constexpr bool kScaleSums = kScaled && kRows == 1;  // with more rows, scaling b is less work
+  constexpr int kColumns = kDotColumns<B, kRows>;
   const B* x[kColumns];
   int64_t rows[kColumns];
-  f32v total[kRows][kColumns];
+  f32v total[kRows][kColumns], scales[kColumns], part[kColumns];
 #pragma GCC unroll 8
   for (int c = 0; c < kColumns; ++c) {
     rows[c] = row + min(c, count - 1);  // past the end the last row again; its sums are not kept
@@ -168,29 +234,35 @@ void dot_block(const float* a, int64_t a_stride, const Operand& b, int64_t row, 
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) total[r][c] = f32v{};
   }
-  f32v scales[kColumns];
-  auto step = [&](int64_t i, auto load_x) __attribute__((always_inline)) {
+  auto step = [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
     f32v y[kColumns];
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; ++c) {
-      y[c] = load_x(x[c] + i);
-      if constexpr (std::is_same_v<B, e4m3>) y[c] *= scales[c];
+      y[c] = load_fast_lanes(x[c] + i, lanes);
+      if constexpr (kScaled && !kScaleSums) y[c] *= scales[c];
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      f32v z = load_x(a + r * a_stride + i);
+      f32v z = load_lanes(a + r * a_stride + i, lanes);
 #pragma GCC unroll 8
-      for (int c = 0; c < kColumns; ++c) total[r][c] += z * y[c];
+      for (int c = 0; c < kColumns; ++c) (kScaleSums ? part[c] : total[r][c]) += z * y[c];
     }
   };
   for (int64_t block = 0; block < k; block += kScaleBlock) {
-    if constexpr (std::is_same_v<B, e4m3>) {
-#pragma GCC unroll 8
-      for (int c = 0; c < kColumns; ++c) scales[c] = splat(scale_at(b, rows[c], block));
-    }
     int64_t end = min(k, block + kScaleBlock), i = block;
-    for (; i + kLanes <= end; i += kLanes) step(i, [](auto* p) __attribute__((always_inline)) { return load(p); });
-    if (i < end) step(i, [=](auto* p) __attribute__((always_inline)) { return load_first(p, end - i); });
+    if constexpr (kScaled) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumns; ++c) {
+        scales[c] = splat(fast_scale(b, rows[c], block, end - block));
+        part[c] = f32v{};
+      }
+    }
+    for (; i + kLanes <= end; i += kLanes) step(i, kLanes);
+    if (i < end) step(i, end - i);
+    if constexpr (kScaleSums) {
+#pragma GCC unroll 8
+      for (int c = 0; c < kColumns; ++c) total[0][c] += part[c] * scales[c];
+    }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
@@ -203,7 +275,7 @@ template <typename B, int kRows = kDotRows>
 void dot(const Segment& s, int64_t begin, int64_t rows, const float* a, int64_t a_stride) {
   if constexpr (kRows > 1)
     if (s.m < kRows) return dot<B, kRows - 1>(s, begin, rows, a, a_stride);
-  constexpr int kColumns = min(8, kDotAccumulators / kRows);
+  constexpr int kColumns = kDotColumns<B, kRows>;
   float sums[kRows * kTaskRows];
   for (int64_t c = 0; c < rows; c += kColumns)
     dot_block<B, kRows>(a, a_stride, s.b, begin + c, min(kColumns, rows - c), s.k, sums + c);
@@ -216,9 +288,6 @@ void dot(const Segment& s, int64_t begin, int64_t rows, const float* a, int64_t 
 }
 
 // ---- chunks of segments ----
-
-// A dot product reads float32 rows of a where they are.
-bool is_in_place(const Segment& s) { return is_dot(s) && s.a.type == DType::f32 && !s.a.transposed; }
 
 // The dot's a: rows [m][packed_stride].
 template <typename A>
@@ -242,7 +311,11 @@ void pack(const Segment& s, int64_t index, float* packed) {
   int64_t panel = index % panels_of(s), begin = index / panels_of(s) * kPackK, end = min(s.k, begin + kPackK);
   with_type(s.a.type, [&](auto type) {
     using A = decltype(type);
-    if (is_dot(s)) return pack_dot_rows<A>(s, begin, end, packed + s.packed);
+    if (s.form == Form::dot) return pack_dot_rows<A>(s, begin, end, packed + s.packed);
+#ifdef JAXKERN_LEVEL_avx512
+    if constexpr (!std::is_same_v<A, float>)
+      if (s.form == Form::amx) return amx_pack_panel<A>(s, panel, begin, end, packed + s.packed);
+#endif
     int64_t row = panel * kPanel, width = panel_width(s, panel);
     float* to = packed + s.packed + row * s.k;
     for (int64_t k0 = begin; k0 < end; k0 += kBlockK)
@@ -250,11 +323,16 @@ void pack(const Segment& s, int64_t index, float* packed) {
   });
 }
 
-void multiply(const Segment& s, int64_t index, const float* packed) {
-  int64_t begin = index * task_rows(s), rows = min(task_rows(s), s.n - begin);
+void multiply(const Segment& s, int64_t index, float* packed) {
+  int64_t full = min(index, s.full_tasks), size = index < s.full_tasks ? s.task_rows : s.tail_rows;
+  int64_t begin = full * s.task_rows + (index - full) * s.tail_rows, rows = min(size, s.n - begin);
   with_type(s.b.type, [&](auto type) {
     using B = decltype(type);
-    if (!is_dot(s)) return outer<B>(s, begin, rows, packed + s.packed);
+#ifdef JAXKERN_LEVEL_avx512
+    if constexpr (!std::is_same_v<B, float>)
+      if (s.form == Form::amx) return amx<B>(s, begin, rows, packed + s.packed);
+#endif
+    if (s.form == Form::outer) return outer<B>(s, begin, rows, packed + s.packed);
     if (is_in_place(s)) return dot<B>(s, begin, rows, static_cast<const float*>(s.a.data), s.a.stride);
     return dot<B>(s, begin, rows, packed + s.packed, s.packed_stride);
   });
@@ -287,8 +365,10 @@ class Chunk {
  private:
   void append(Segment s) {
     if (s.m == 0 || s.n == 0) return;
+    s.form = form_of(s);
+    plan_tasks(s, threads_.count());
     s.packed_stride = ceil_div(s.k, kLanes) * kLanes;
-    int64_t floats = is_in_place(s) ? 0 : padded_rows(s) * s.packed_stride;
+    int64_t floats = packed_floats(s);
     if (count_ == kMaxSegments || (count_ > 0 && floats_ + floats > kMaxPackedFloats)) run();
     s.packed = floats_;
     s.first_task = tasks_;
@@ -296,7 +376,7 @@ class Chunk {
     segments_[count_++] = s;
     floats_ += floats;
     tasks_ += tasks_of(s);
-    packings_ += is_in_place(s) ? 0 : packings_of(s);
+    packings_ += packings_of(s);
     work_ += s.m * s.n * s.k;
   }
 

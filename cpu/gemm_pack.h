@@ -19,6 +19,23 @@ JAXKERN_INLINE constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : 
 JAXKERN_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 JAXKERN_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// How a product runs; see gemm.cc.
+enum class Form { dot, outer, amx };
+
+// One product, out = a b^T + accumulator, and its place in a chunk of them.
+struct Segment {
+  Operand a, b;
+  const void* accumulator;  // of the result's type, or null
+  void* out;                // [m, n]
+  DType out_type;
+  int64_t m, n, k;
+  Form form;
+  int64_t full_tasks, task_rows, tail_rows;  // tasks of task_rows rows of b each, then of tail_rows
+  // Where the chunk's tasks and its packed a begin for this segment.
+  int64_t first_task, first_packing;
+  int64_t packed, packed_stride;  // packed is where in the chunk's floats; packed_stride, of a dot's rows
+};
+
 // Calls f with a value of the storage type.
 template <typename F>
 JAXKERN_INLINE void with_type(DType type, F f) {
@@ -41,6 +58,21 @@ JAXKERN_INLINE float scale_at(const Operand& o, int64_t row, int64_t column) {
                                      : static_cast<const float*>(o.scales)[i];
 }
 
+// The factor of load_fast for n elements of stored row `row` from `column` on, all in one scale block: NaN for all of
+// them if one is NaN, which is what a product over k makes of them in any case.
+JAXKERN_INLINE float fast_scale(const Operand& o, int64_t row, int64_t column, int64_t n) {
+  const e4m3* x = static_cast<const e4m3*>(o.data) + row * o.stride + column;
+  return any_nan(x, n) ? __builtin_nanf("") : scale_at(o, row, column) * kFastUnit;
+}
+
+template <typename T>
+JAXKERN_INLINE f32v load_fast_lanes(const T* p, int64_t lanes) {
+  if (lanes >= kLanes) return load_fast(p);
+  T buffer[kLanes] = {};
+  std::memcpy(buffer, p, lanes * sizeof(T));
+  return load_fast(buffer);
+}
+
 // A register of dequantised elements of one stored row; the columns lie in one scale block.
 template <typename T>
 JAXKERN_INLINE f32v dequantized(const Operand& o, int64_t row, int64_t column, int64_t lanes) {
@@ -57,11 +89,11 @@ void pack_rows(const Operand& o, int64_t row, int64_t rows, int64_t k0, int64_t 
     for (int64_t r = 0; r < rows; ++r) {
       const T* x = static_cast<const T*>(o.data) + (row + r) * o.stride + k0;
       for (int64_t begin = 0; begin < kc; begin += kScaleBlock) {
-        f32v scale = {};
-        if constexpr (std::is_same_v<T, e4m3>) scale = splat(scale_at(o, row + r, k0 + begin));
         int64_t end = min(kc, begin + kScaleBlock);
+        f32v scale = {};
+        if constexpr (std::is_same_v<T, e4m3>) scale = splat(fast_scale(o, row + r, k0 + begin, end - begin));
         for (int64_t i = begin; i < end; i += kLanes) {
-          f32v v = load_lanes(x + i, end - i);
+          f32v v = load_fast_lanes(x + i, end - i);
           if constexpr (std::is_same_v<T, e4m3>) v *= scale;
           store(to + r * kRowStride + i, v);
         }

@@ -5,11 +5,15 @@
 
 namespace jaxkern::cpu {
 
-enum class Level { portable, avx2, avx512 };
+// amx is the avx512 code, which may use the matrix unit as well.
+enum class Level { portable, avx2, avx512, amx };
 
 // The best level that this machine and this build have, or the one that JAXKERN_SIMD names if that is lower.
 Level simd_level();
 const char* simd_level_name();
+
+// Whether kernels of level avx512 may use the AMX unit for bfloat16 products (cpu/amx.h); not if JAXKERN_SIMD is set.
+bool has_amx();
 
 }  // namespace jaxkern::cpu
 
@@ -26,6 +30,7 @@ const char* simd_level_name();
   }                                                                \
   inline void name(const Params& params, const Threads& threads) { \
     switch (simd_level()) {                                        \
+      case Level::amx:                                             \
       case Level::avx512:                                          \
         return avx512::name(params, threads);                      \
       case Level::avx2:                                            \

@@ -14,12 +14,15 @@
 #include <cstring>
 
 #include "cpu/simd.h"
+#ifdef JAXKERN_LEVEL_avx512
+#include "cpu/amx.h"
+#endif
 
 namespace jaxkern::cpu::JAXKERN_LEVEL {
 namespace {
 
-constexpr int64_t kTile = 96;     // tokens; a multiple of the tokens of every register block
-constexpr int64_t kMaxRows = 64;  // a multiple of the rows of a panel
+constexpr int64_t kTile = 96;      // tokens; a multiple of the tokens of every register block
+constexpr int64_t kMaxRows = 128;  // a multiple of the rows of a panel
 constexpr int64_t kSplitTokens = 512;
 constexpr int64_t kMaxSplits = 32;  // bounds the memory for partial results of a long request
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
@@ -42,7 +45,8 @@ struct Plan {
   int64_t rows, blocks, block_rows;  // of a request; a block is the rows of one task
   int64_t key_stride, acc_stride;    // in floats
   int64_t max_splits;                // of any request
-  float *acc, *largest, *total;      // partial results [batch][split][row], where max_splits > 1
+  bool amx;
+  float *acc, *largest, *total;  // partial results [batch][split][row], where max_splits > 1
 };
 
 struct Splits {
@@ -72,9 +76,9 @@ JAXKERN_INLINE void store_lanes(T* p, f32v x, int64_t lanes) {
   lanes >= kLanes ? store(p, x) : store_first(p, x, lanes);
 }
 
-// queries [row][width] -> panels of rows [panel][width][kPanel], times scale; rows that do not exist are zero.
+// queries [row][width] -> panels of rows [panel][width][kPanel]; rows that do not exist are zero.
 template <typename T>
-void pack_queries(const T* q, int64_t rows, int64_t width, float scale, float* panels) {
+void pack_queries(const T* q, int64_t rows, int64_t width, float* panels) {
   int64_t padded = round_up(rows, kLanes);
   for (int64_t row = 0; row < padded; row += kLanes) {
     int64_t panel = row / kPanel * kPanel, panel_rows = at_most(padded - panel, kPanel);
@@ -83,7 +87,7 @@ void pack_queries(const T* q, int64_t rows, int64_t width, float scale, float* p
       f32v x[kLanes];
       for (int i = 0; i < kLanes; ++i) {
         x[i] = f32v{};
-        if (row + i < rows) x[i] = load_lanes(q + (row + i) * width + k, width - k) * scale;
+        if (row + i < rows) x[i] = load_lanes(q + (row + i) * width + k, width - k);
       }
       transpose(x);
       for (int i = 0; i < at_most(kLanes, width - k); ++i) store(to + (k + i) * panel_rows, x[i]);
@@ -91,25 +95,32 @@ void pack_queries(const T* q, int64_t rows, int64_t width, float scale, float* p
   }
 }
 
-// The tokens [begin, begin + count) as float32; exists[i] says whether token i is a row of the cache. Rows of those
-// that are not, and those up to a multiple of kHalfPanelTokens, are zero.
+JAXKERN_INLINE void copy(const bf16* from, bf16* to, int64_t n) { std::memcpy(to, from, n * sizeof(bf16)); }
+
 template <typename T>
-void load_tile(const MlaDecodeParams& p, int64_t request, int64_t begin, int64_t count, int64_t stride, float* tile,
-               bool* exists) {
+JAXKERN_INLINE void copy(const T* from, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+  for (; i < n; ++i) to[i] = to_f32(from[i]);
+}
+
+// The rows of the tokens [begin, begin + count), each filled up with zeros to `stride`; zeros for those that are no
+// rows of the cache, and up to `padded` tokens. Returns whether each of `count` is one, and for each in `exists`.
+template <typename T, typename To>
+bool load_tile(const MlaDecodeParams& p, int64_t request, int64_t begin, int64_t count, int64_t padded, int64_t stride,
+               To* tile, bool* exists) {
   const int32_t* table = p.block_table + request * p.table_pages;
-  for (int64_t i = 0; i < round_up(count, kHalfPanelTokens); ++i) {
+  bool all_exist = true;
+  for (int64_t i = 0; i < padded; ++i) {
     int64_t token = begin + i, page = i < count ? table[token / p.page] : -1;
-    float* to = tile + i * stride;
     exists[i] = page >= 0 && page < p.pages;
-    if (!exists[i]) {
-      std::memset(to, 0, stride * sizeof(float));
-      continue;
-    }
-    const T* from = static_cast<const T*>(p.cache) + (page * p.page + token % p.page) * p.width;
-    int64_t k = 0;
-    for (; k + kLanes <= p.width; k += kLanes) store(to + k, load(from + k));
-    if (k < p.width) store(to + k, load_first(from + k, p.width - k));
+    all_exist = all_exist && (exists[i] || i >= count);
+    int64_t width = exists[i] ? p.width : 0;
+    To* to = tile + i * stride;
+    if (exists[i]) copy(static_cast<const T*>(p.cache) + (page * p.page + token % p.page) * width, to, width);
+    std::memset(to + width, 0, (stride - width) * sizeof(To));
   }
+  return all_exist;
 }
 
 // logits [kTokens][stride] of kRegisters * kLanes rows.
@@ -153,13 +164,14 @@ struct Softmax {
   alignas(64) int32_t limits[kMaxRows];  // the row's keys are the tokens below
 };
 
-// Logits of tokens that are no key of a row become -inf there.
-void mask(const Softmax& state, int64_t rows, int64_t begin, int64_t count, const bool* exists, float* logits) {
+// Products become logits: times scale, and -inf where the token is no key of the row.
+void mask(const Softmax& state, int64_t rows, int64_t begin, int64_t count, const bool* exists, float scale,
+          float* logits) {
   for (int64_t i = 0; i < count; ++i) {
     int32_t token = exists[i] ? int32_t(begin + i) : INT32_MAX;
     for (int64_t row = 0; row < rows; row += kLanes) {
       float* at = logits + i * rows + row;
-      store(at, select(load_raw<i32v>(state.limits + row) > token, load(at), splat(-kInfinity)));
+      store(at, select(load_raw<i32v>(state.limits + row) > token, load(at) * scale, splat(-kInfinity)));
     }
   }
 }
@@ -233,47 +245,221 @@ void add_values(const float* weights, int64_t weight_stride, int64_t rows, const
                       acc_stride);
 }
 
-// Replaces infinities and NaNs by 0.
-void keep_finite(float* x, int64_t n) {
+// Infinities and NaNs become 0.
+template <typename T>
+void keep_finite(T* x, int64_t n) {
   for (int64_t i = 0; i < n; i += kLanes) store(x + i, select(abs(load(x + i)) < kInfinity, load(x + i), f32v{}));
 }
 
-// Rows [begin, begin + rows) of a request over the tokens [first, last): sets acc, state.largest and state.total.
-template <typename Q, typename Cache>
-void attend(const MlaDecodeParams& p, const Plan& plan, int64_t request, int64_t length, int64_t begin, int64_t rows,
-            int64_t first, int64_t last, Softmax& state, float* acc) {
-  int64_t padded = round_up(rows, kLanes);
-  for (int64_t row = 0; row < padded; ++row) {
-    int64_t query = (begin + at_most(row, rows - 1)) / p.heads;
-    state.limits[row] = int32_t(p.causal ? length - (p.queries - 1 - query) : length);
+// Rows [begin, begin + rows) of a request over the tokens [first, last).
+struct Task {
+  int64_t request, length, begin, rows, first, last;
+};
+
+// State and acc [row][acc_stride] of a task before its first token; returns the end of its last.
+int64_t start(const MlaDecodeParams& p, const Plan& plan, const Task& task, Softmax& state, float* acc) {
+  for (int64_t row = 0; row < round_up(task.rows, kLanes); ++row) {
+    int64_t query = (task.begin + at_most(row, task.rows - 1)) / p.heads;
+    state.limits[row] = int32_t(p.causal ? task.length - (p.queries - 1 - query) : task.length);
     state.largest[row] = -kInfinity;
     state.total[row] = 0;
   }
-  std::memset(acc, 0, rows * plan.acc_stride * sizeof(float));
-  int64_t everyone = state.limits[0];  // the tokens below are keys of all rows
-  last = at_most(last, state.limits[rows - 1]);
-  if (first >= last) return;
+  std::memset(acc, 0, round_up(task.rows, kLanes) * plan.acc_stride * sizeof(float));
+  return at_most(task.last, state.limits[task.rows - 1]);
+}
 
-  float* panels = static_cast<float*>(scratch((padded * p.width + kTile * padded) * sizeof(float), 0));
-  float* weights = panels + padded * p.width;
-  float* tile = static_cast<float*>(scratch(kTile * plan.key_stride * sizeof(float), 1));
-  const Q* q = static_cast<const Q*>(p.q) + (request * plan.rows + begin) * p.width;
-  pack_queries(q, rows, p.width, p.softmax_scale * kLog2E, panels);
-  for (int64_t token = first; token < last; token += kTile) {
-    int64_t count = at_most(last - token, kTile);
-    bool exists[kTile], all_exist = true;
-    load_tile<Cache>(p, request, token, count, plan.key_stride, tile, exists);
-    logits_of(tile, round_up(count, kHalfPanelTokens), plan.key_stride, panels, padded, p.width, weights);
-    for (int64_t i = 0; i < count; ++i) all_exist = all_exist && exists[i];
-    if (!all_exist || token + count > everyone) mask(state, padded, token, count, exists, weights);
-    update(state, padded, count, weights);
-    // A key of some rows only must not reach the others through 0 * NaN; theirs it reaches through its logit.
-    for (int64_t i = at_least(everyone - token, 0); i < count; ++i)
-      keep_finite(tile + i * plan.key_stride, plan.acc_stride);
-    add_values(weights, padded, rows, tile, plan.key_stride, count, state.shrink, plan.acc_stride, acc,
-               plan.acc_stride);
+// A key of some rows only must not reach the others through 0 * NaN; those that see it, it reaches through its logit.
+template <typename T>
+void hide_partial_keys(const Softmax& state, int64_t token, int64_t count, T* tile, int64_t stride, int64_t columns) {
+  for (int64_t i = at_least(state.limits[0] - token, 0); i < count; ++i) keep_finite(tile + i * stride, columns);
+}
+
+template <typename Q, typename Cache>
+void attend(const MlaDecodeParams& p, const Plan& plan, const Task& task, Softmax& state, float* acc) {
+  int64_t last = start(p, plan, task, state, acc), rows = round_up(task.rows, kLanes), stride = plan.key_stride;
+  if (task.first >= last) return;
+  float* panels = static_cast<float*>(scratch(rows * (p.width + kTile) * sizeof(float), 0));
+  float* weights = panels + rows * p.width;
+  float* tile = static_cast<float*>(scratch(kTile * stride * sizeof(float), 1));
+  bool exists[kTile];
+  const Q* q = static_cast<const Q*>(p.q) + (task.request * plan.rows + task.begin) * p.width;
+  pack_queries(q, task.rows, p.width, panels);
+  for (int64_t token = task.first; token < last; token += kTile) {
+    int64_t count = at_most(last - token, kTile), padded = round_up(count, kHalfPanelTokens);
+    load_tile<Cache>(p, task.request, token, count, padded, stride, tile, exists);
+    logits_of(tile, padded, stride, panels, rows, p.width, weights);
+    mask(state, rows, token, count, exists, p.softmax_scale * kLog2E, weights);
+    update(state, rows, count, weights);
+    hide_partial_keys(state, token, count, tile, stride, plan.acc_stride);
+    add_values(weights, rows, task.rows, tile, stride, count, state.shrink, plan.acc_stride, acc, plan.acc_stride);
   }
 }
+
+#ifdef JAXKERN_LEVEL_avx512
+
+// ---- the same on the AMX unit, for bfloat16 queries and caches ----
+//
+// Queries and keys are multiplied as they are. A weight is the sum of two bfloat16, which keep 16 bits of it.
+
+constexpr int64_t kAmxTile = 128;                     // tokens
+constexpr int64_t kStep = 32;                         // what one tile product sums over
+constexpr int64_t kOperand = 16 * kStep;              // numbers in a tile of bfloat16
+constexpr int64_t kAmxStride = kStep * sizeof(bf16);  // bytes of a row in a packed tile
+
+// The rows in groups of 16: [group][width / 32][16 pairs of columns][16 rows][2].
+void pack_queries_amx(const bf16* q, int64_t rows, int64_t width, bf16* packed) {
+  for (int64_t group = 0; group < rows; group += 16) {
+    for (int64_t k = 0; k < width; k += kStep) {
+      f32v pairs[16];  // not float32, but two bfloat16
+      for (int i = 0; i < 16; ++i) {
+        alignas(64) bf16 row[kStep] = {};
+        if (group + i < rows) std::memcpy(row, q + (group + i) * width + k, at_most(width - k, kStep) * sizeof(bf16));
+        pairs[i] = load_raw<f32v>(row);
+      }
+      transpose(pairs);
+      for (int i = 0; i < 16; ++i) store_raw(packed + i * kStep, pairs[i]);
+      packed += kOperand;
+    }
+  }
+}
+
+// products [token][rows], of two blocks of 16 tokens and kGroups of 16 rows.
+template <int kGroups>
+JAXKERN_AMX void products_amx(const bf16* tile, int64_t key_stride, const bf16* queries, int64_t steps, float* products,
+                              int64_t rows) {
+  JAXKERN_TILE_ZERO(0);
+  JAXKERN_TILE_ZERO(1);
+  JAXKERN_TILE_ZERO(2);
+  JAXKERN_TILE_ZERO(3);
+  for (int64_t i = 0; i < steps; ++i) {
+    JAXKERN_TILE_LOAD(4, tile + i * kStep, key_stride * sizeof(bf16));
+    JAXKERN_TILE_LOAD(5, tile + 16 * key_stride + i * kStep, key_stride * sizeof(bf16));
+    JAXKERN_TILE_LOAD(6, queries + i * kOperand, kAmxStride);
+    JAXKERN_TILE_PRODUCT(0, 4, 6);
+    JAXKERN_TILE_PRODUCT(1, 5, 6);
+    if constexpr (kGroups == 2) {
+      JAXKERN_TILE_LOAD(7, queries + (steps + i) * kOperand, kAmxStride);
+      JAXKERN_TILE_PRODUCT(2, 4, 7);
+      JAXKERN_TILE_PRODUCT(3, 5, 7);
+    }
+  }
+  JAXKERN_TILE_STORE(0, products, rows * sizeof(float));
+  JAXKERN_TILE_STORE(1, products + 16 * rows, rows * sizeof(float));
+  if constexpr (kGroups == 2) {
+    JAXKERN_TILE_STORE(2, products + 16, rows * sizeof(float));
+    JAXKERN_TILE_STORE(3, products + 16 * rows + 16, rows * sizeof(float));
+  }
+}
+
+// weights [token][rows] -> [group of 16 rows][token / 32][high and low][16 rows][32 tokens].
+void pack_weights_amx(const float* weights, int64_t rows, int64_t tokens, bf16* packed) {
+  for (int64_t group = 0; group < rows; group += 16) {
+    for (int64_t token = 0; token < tokens; token += 16) {
+      f32v x[16];
+      for (int i = 0; i < 16; ++i) x[i] = load(weights + (token + i) * rows + group);
+      transpose(x);
+      bf16* to = packed + token / kStep * 2 * kOperand + token % kStep;
+      for (int i = 0; i < 16; ++i) {
+        u32v high = bit_cast<u32v>(x[i]) & 0xffff0000u;
+        store_raw(to + i * kStep, __builtin_convertvector(high >> 16, u16v));
+        store(to + kOperand + i * kStep, x[i] - bit_cast<f32v>(high));
+      }
+    }
+    packed += tokens * 2 * 16;
+  }
+}
+
+// tile [token][columns] -> [token / 32][columns / 16][16 pairs of tokens][16 columns][2].
+void pack_values_amx(const bf16* tile, int64_t key_stride, int64_t tokens, int64_t columns, bf16* packed) {
+  for (int64_t token = 0; token < tokens; token += 2) {
+    const bf16 *even = tile + token * key_stride, *odd = even + key_stride;
+    bf16* to = packed + token / kStep * kStep * columns + token % kStep / 2 * kStep;
+    for (int64_t column = 0; column < columns; column += 16) {
+      u32v low = __builtin_convertvector(load_raw<u16v>(even + column), u32v);
+      u32v high = __builtin_convertvector(load_raw<u16v>(odd + column), u32v);
+      store_raw(to + column * kStep, low | high << 16);
+    }
+  }
+}
+
+// acc [row][columns] += weights x values, of kGroups of 16 rows and two blocks of 16 columns.
+template <int kGroups>
+JAXKERN_AMX void values_amx(const bf16* weights, const bf16* values, int64_t tokens, float* acc, int64_t columns) {
+  int64_t stride = columns * sizeof(float), steps = tokens / kStep;
+  JAXKERN_TILE_LOAD(0, acc, stride);
+  JAXKERN_TILE_LOAD(1, acc + 16, stride);
+  if constexpr (kGroups == 2) {
+    JAXKERN_TILE_LOAD(2, acc + 16 * columns, stride);
+    JAXKERN_TILE_LOAD(3, acc + 16 * columns + 16, stride);
+  }
+  for (int64_t i = 0; i < steps; ++i) {
+    JAXKERN_TILE_LOAD(4, values + i * kStep * columns, kAmxStride);
+    JAXKERN_TILE_LOAD(5, values + i * kStep * columns + kOperand, kAmxStride);
+    for (int part = 0; part < 2; ++part) {
+      JAXKERN_TILE_LOAD(6, weights + (i * 2 + part) * kOperand, kAmxStride);
+      JAXKERN_TILE_PRODUCT(0, 6, 4);
+      JAXKERN_TILE_PRODUCT(1, 6, 5);
+      if constexpr (kGroups == 2) {
+        JAXKERN_TILE_LOAD(7, weights + ((steps + i) * 2 + part) * kOperand, kAmxStride);
+        JAXKERN_TILE_PRODUCT(2, 7, 4);
+        JAXKERN_TILE_PRODUCT(3, 7, 5);
+      }
+    }
+  }
+  JAXKERN_TILE_STORE(0, acc, stride);
+  JAXKERN_TILE_STORE(1, acc + 16, stride);
+  if constexpr (kGroups == 2) {
+    JAXKERN_TILE_STORE(2, acc + 16 * columns, stride);
+    JAXKERN_TILE_STORE(3, acc + 16 * columns + 16, stride);
+  }
+}
+
+void shrink_rows(const float* shrink, int64_t rows, float* acc, int64_t stride) {
+  for (int64_t row = 0; row < rows; ++row) {
+    if (shrink[row] == 1.0f) continue;
+    for (int64_t i = 0; i < stride; i += kLanes)
+      store(acc + row * stride + i, load(acc + row * stride + i) * shrink[row]);
+  }
+}
+
+JAXKERN_AMX void attend_amx(const MlaDecodeParams& p, const Plan& plan, const Task& task, Softmax& state, float* acc) {
+  int64_t last = start(p, plan, task, state, acc), rows = round_up(task.rows, 16), columns = plan.acc_stride;
+  if (task.first >= last) return;
+  int64_t steps = round_up(p.width, kStep) / kStep, stride = (steps | 1) * kStep;  // an odd number of cache lines
+  bf16* queries = static_cast<bf16*>(scratch((rows * steps * kStep + 2 * rows * kAmxTile) * sizeof(bf16), 0));
+  bf16* packed_weights = queries + rows * steps * kStep;
+  bf16* tile = static_cast<bf16*>(scratch(kAmxTile * ((stride + columns) * sizeof(bf16) + rows * sizeof(float)), 1));
+  bf16* values = tile + kAmxTile * stride;
+  float* weights = reinterpret_cast<float*>(values + kAmxTile * columns);
+  bool exists[kAmxTile];
+  const bf16* q = static_cast<const bf16*>(p.q) + (task.request * plan.rows + task.begin) * p.width;
+  pack_queries_amx(q, task.rows, p.width, queries);
+  Tiles tiles;
+  for (int64_t token = task.first; token < last; token += kAmxTile) {
+    int64_t count = at_most(last - token, kAmxTile), padded = round_up(count, kStep);
+    load_tile<bf16>(p, task.request, token, count, padded, stride, tile, exists);
+    for (int64_t i = 0; i < padded; i += 32) {
+      for (int64_t row = 0; row < rows; row += 32) {
+        auto products = row + 32 <= rows ? products_amx<2> : products_amx<1>;
+        products(tile + i * stride, stride, queries + row * steps * kStep, steps, weights + i * rows + row, rows);
+      }
+    }
+    mask(state, rows, token, count, exists, p.softmax_scale * kLog2E, weights);
+    update(state, rows, count, weights);
+    std::memset(weights + count * rows, 0, (padded - count) * rows * sizeof(float));
+    hide_partial_keys(state, token, count, tile, stride, columns);
+    pack_weights_amx(weights, rows, padded, packed_weights);
+    pack_values_amx(tile, stride, padded, columns, values);
+    shrink_rows(state.shrink, task.rows, acc, columns);
+    for (int64_t row = 0; row < rows; row += 32) {
+      auto add = row + 32 <= rows ? values_amx<2> : values_amx<1>;
+      for (int64_t column = 0; column < columns; column += 32)
+        add(packed_weights + row * padded * 2, values + column * kStep, padded, acc + row * columns + column, columns);
+    }
+  }
+}
+
+#endif
 
 // One row of out and lse from its `count` partial results, in order. Those of acc are acc_step apart, the others step.
 template <typename Q>
@@ -302,17 +488,22 @@ void run_task(const MlaDecodeParams& p, const Plan& plan, int64_t request, int64
   if (split >= splits.count) return;
   int64_t begin = block * plan.block_rows, rows = at_most(plan.rows - begin, plan.block_rows);
   int64_t first = split * splits.tokens, last = at_most(first + splits.tokens, splits.length);
+  Task task = {request, splits.length, begin, rows, first, last};
+  float* acc = static_cast<float*>(scratch(round_up(rows, kLanes) * plan.acc_stride * sizeof(float), 2));
   Softmax state;
+#ifdef JAXKERN_LEVEL_avx512
+  if (plan.amx)
+    attend_amx(p, plan, task, state, acc);
+  else
+#endif
+    attend<Q, Cache>(p, plan, task, state, acc);
   if (splits.count > 1) {
     int64_t slot = (request * plan.max_splits + split) * plan.rows + begin;
-    attend<Q, Cache>(p, plan, request, splits.length, begin, rows, first, last, state,
-                     plan.acc + slot * plan.acc_stride);
+    std::memcpy(plan.acc + slot * plan.acc_stride, acc, rows * plan.acc_stride * sizeof(float));
     std::memcpy(plan.largest + slot, state.largest, rows * sizeof(float));
     std::memcpy(plan.total + slot, state.total, rows * sizeof(float));
     return;
   }
-  float* acc = static_cast<float*>(scratch(rows * plan.acc_stride * sizeof(float), 2));
-  attend<Q, Cache>(p, plan, request, splits.length, begin, rows, first, last, state, acc);
   for (int64_t row = 0; row < rows; ++row) {
     int64_t to = request * plan.rows + begin + row;
     merge(acc + row * plan.acc_stride, state.largest + row, state.total + row, 1, 0, 0, p.latent,
@@ -341,8 +532,11 @@ void mla_decode(const MlaDecodeParams& p, const Threads& threads) {
   plan.block_rows = round_up((plan.rows + plan.blocks - 1) / plan.blocks, kPanel);
   plan.blocks = (plan.rows + plan.block_rows - 1) / plan.block_rows;
   // An odd number of cache lines, so that the same column of many tokens spreads over the cache's sets.
-  plan.key_stride = round_up(p.width, 16) / 16 % 2 ? round_up(p.width, 16) : round_up(p.width, 16) + 16;
-  plan.acc_stride = round_up(p.latent, 16);
+  plan.key_stride = round_up(p.width, 32) + 16;
+  plan.acc_stride = round_up(p.latent, 32);
+#ifdef JAXKERN_LEVEL_avx512
+  plan.amx = p.q_type == DType::bf16 && p.cache_type == DType::bf16 && has_amx();
+#endif
   plan.max_splits = 1;
   for (int64_t i = 0; i < p.batch; ++i) plan.max_splits = at_least(plan.max_splits, splits_of(p, i).count);
   if (plan.max_splits > 1) {

@@ -1,13 +1,41 @@
+#if defined(JAXKERN_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 
 #include "cpu/levels.h"
 
+#ifdef JAXKERN_X86
+#include <cpuid.h>
+#endif
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace jaxkern::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
+
+#ifdef JAXKERN_X86
+// Whether there is a matrix unit for bfloat16 and the system lets this process use it, which it must be asked for.
+bool has_amx() {
+  unsigned a, b, c, d;
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTiles)) != (kBf16 | kTiles)) return false;
+#ifdef __linux__
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 Level detect() {
   int best = 0;
@@ -17,13 +45,24 @@ Level detect() {
     best = 1;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
-      best = 2;
+      best = has_amx() ? 3 : 2;
   }
 #endif
   if (const char* wanted = std::getenv("JAXKERN_SIMD"))
     for (int i = 0; i < best; ++i)
       if (std::strcmp(wanted, kNames[i]) == 0) best = i;
   return static_cast<Level>(best);
+}
+
+// The unit's registers are large, so Linux gives them to a process only when asked.
+bool detect_amx() {
+#if defined(JAXKERN_X86) && defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  return simd_level() == Level::avx512 && !std::getenv("JAXKERN_SIMD") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 struct Buffer {
@@ -37,6 +76,11 @@ struct Buffer {
 Level simd_level() {
   static const Level level = detect();
   return level;
+}
+
+bool has_amx() {
+  static const bool has = detect_amx();
+  return has;
 }
 
 const char* simd_level_name() { return kNames[static_cast<int>(simd_level())]; }

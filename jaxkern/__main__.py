@@ -23,14 +23,15 @@ def main():
 
 def print_table():
     """For every op the implementation that runs on the default device, and why the others do not."""
-    print(f"{'op':<16}{'here':<6}why not the others")
+    width = max(map(len, _ffi.OPS)) + 2
+    print(f"{'op':<{width}}{'here':<6}why not the others")
     for name, op in sorted(_ffi.OPS.items()):
         chosen = implementation_here(op)
         reasons = collections.defaultdict(list)
         for other in _ffi.IMPLEMENTATIONS:
             if other != chosen:
                 reasons[_ffi.why_not(op, other) or f"slower here; implementation={other!r} runs it"].append(other)
-        print(f"{name:<16}{chosen:<6}" + "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items()))
+        print(f"{name:<{width}}{chosen:<6}" + "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items()))
 
 
 def implementation_here(op: _ffi.Op) -> str:

@@ -1,0 +1,474 @@
+"""gemm, grouped_gemm and k_grouped_gemm against exact products in float64."""
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
+
+import jaxkern
+from jaxkern import ScaledArray, dequantize, gemm, grouped_gemm, k_grouped_gemm, quantize
+
+KINDS = ("f32", "bf16", "f32 x fp8", "bf16 x fp8", "f32 x fp8 rows", "fp8 x fp8", "fp8 x fp8 rows", "fp8 x fp8 ue8m0")
+few = settings(max_examples=20, deadline=None, derandomize=True)
+
+
+def normal(*shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32)).astype(dtype)
+
+
+def exact(x):
+    """The float64 array that an operand stands for."""
+    if isinstance(x, ScaledArray):
+        bm, bk = x.block_shape
+        scales = np.asarray(x.scales).astype(np.float64).repeat(bm, -2).repeat(bk, -1)
+        return np.asarray(x.values).astype(np.float64) * scales[..., : x.shape[-2], : x.shape[-1]]
+    return np.asarray(x).astype(np.float64)
+
+
+def operands(kind, a, b):
+    """a and b as the operand kind that the name says."""
+    a_kind, _, b_kind = kind.partition(" x ")
+    if not b_kind:
+        dtype = jnp.float32 if kind == "f32" else jnp.bfloat16
+        return a.astype(dtype), b.astype(dtype)
+    scale_format = "ue8m0" if "ue8m0" in b_kind else "float32"
+    b = quantize(b, (1, 128) if "rows" in b_kind else (128, 128), scale_format=scale_format)
+    if a_kind == "fp8":
+        return quantize(a, scale_format=scale_format), b
+    return a.astype(jnp.float32 if a_kind == "f32" else jnp.bfloat16), b
+
+
+def assert_close(got, want, magnitude):
+    """float32 to 1e-5 of the sum of the products' magnitudes; bfloat16 within one rounding of that."""
+    got = np.asarray(got)
+    tolerance = 1e-5 * magnitude + 1e-30
+    if got.dtype == ml_dtypes.bfloat16:
+        tolerance = tolerance + 2.0**-8 * np.abs(want)
+    assert got.shape == want.shape
+    error = np.abs(got.astype(np.float64) - want)
+    assert (error <= tolerance).all(), f"off by {(error / tolerance).max():.3g} tolerances"
+
+
+def check_gemm(a, b, got, accumulator=0.0):
+    a, b = exact(a), exact(b)
+    assert_close(got, a @ b.T + accumulator, np.abs(a) @ np.abs(b).T + np.abs(accumulator))
+
+
+# ---- gemm ----
+
+
+@few
+@given(
+    kind=st.sampled_from(KINDS),
+    m=st.sampled_from([1, 2, 5, 8, 9, 16, 17, 40, 97]),
+    n=st.sampled_from([1, 7, 96, 130, 257]),
+    k=st.sampled_from([1, 31, 128, 200, 641]),
+    out_dtype=st.sampled_from([None, jnp.float32, jnp.bfloat16]),
+    accumulate=st.booleans(),
+)
+def test_gemm(kind, m, n, k, out_dtype, accumulate):
+    a, b = operands(kind, normal(m, k), normal(n, k, seed=1))
+    out_dtype = out_dtype or (jnp.float32 if kind.startswith("f32") else jnp.bfloat16)
+    accumulator = normal(m, n, seed=2, dtype=out_dtype) if accumulate else None
+    got = gemm(a, b, accumulator=accumulator, out_dtype=out_dtype)
+    assert got.dtype == out_dtype
+    check_gemm(a, b, got, exact(accumulator) if accumulate else 0.0)
+
+
+@pytest.mark.parametrize("kind", ["f32", "fp8 x fp8"])
+def test_many_rows_are_cut_into_segments(kind):
+    a, b = operands(kind, normal(1100, 300), normal(150, 300, seed=1))
+    check_gemm(a, b, gemm(a, b, out_dtype=jnp.float32))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("m", [3, 40])
+def test_reference(kind, m):
+    a, b = operands(kind, normal(m, 200), normal(130, 200, seed=1))
+    check_gemm(a, b, gemm(a, b, out_dtype=jnp.float32, implementation="xla"))
+
+
+def test_default_out_dtype():
+    a, b = normal(2, 128), normal(3, 128)
+    for kind in KINDS:
+        expected = jnp.float32 if kind.startswith("f32") else jnp.bfloat16
+        assert gemm(*operands(kind, a, b)).dtype == expected
+
+
+@pytest.mark.parametrize("kind", ["f32", "fp8 x fp8"])
+@pytest.mark.parametrize("m,n,k", [(0, 3, 4), (3, 0, 4), (3, 4, 0), (20, 4, 0)])
+def test_zero_sizes(kind, m, n, k):
+    a, b = operands(kind, normal(m, k), normal(n, k))
+    accumulator = normal(m, n, dtype=jnp.float32)
+    np.testing.assert_array_equal(gemm(a, b, out_dtype=jnp.float32), np.zeros((m, n)))
+    np.testing.assert_array_equal(gemm(a, b, accumulator=accumulator, out_dtype=jnp.float32), accumulator)
+
+
+@pytest.mark.parametrize("kind", ["fp8 x fp8", "fp8 x fp8 rows"])
+@pytest.mark.parametrize("m", [4, 64])
+def test_close_to_the_unquantised_product(kind, m):
+    a, b = normal(m, 1024), normal(200, 1024, seed=1)
+    x, y = exact(gemm(*operands(kind, a, b))), exact(a) @ exact(b).T
+    assert 1 - 2 * (x * y).sum() / ((x * x).sum() + (y * y).sum()) < 1e-3
+
+
+@pytest.mark.parametrize("m", [1, 16])
+def test_every_fp8_code(m):
+    """A product with ones at k = 0 is the code itself, for values that sit in any lane."""
+    codes = np.tile(np.arange(256, dtype=np.uint8), 2)[:300].reshape(300, 1).repeat(40, 1)
+    values = codes.view(ml_dtypes.float8_e4m3fn)
+    for column in (0, 37):
+        a = np.zeros((m, 40), np.float32)
+        a[:, column] = 1
+        only = np.where(np.arange(40) == column, values, np.zeros((), values.dtype))
+        b = ScaledArray(jnp.asarray(only), jnp.full((3, 1), 2.0), (128, 128))
+        want = np.tile(2 * values[:, 0].astype(np.float32), (m, 1))
+        np.testing.assert_array_equal(gemm(jnp.asarray(a), b), want)
+    a = ScaledArray(jnp.asarray(values), jnp.full((300, 1), 1.0), (1, 128))
+    unit = quantize(jnp.asarray(np.eye(1, 40, dtype=np.float32)))
+    clean = np.flatnonzero(~np.isnan(values[:, 0].astype(np.float32)))
+    got = np.asarray(gemm(a, unit, out_dtype=jnp.float32))[:, 0]
+    np.testing.assert_allclose(got[clean], values[clean, 0].astype(np.float32), rtol=1e-6)
+    assert np.isnan(np.delete(got, clean)).all()
+
+
+@pytest.mark.parametrize("m", [3, 20])
+def test_nan_reaches_its_row_and_column_only(m):
+    a, b = operands("fp8 x fp8", normal(m, 200), normal(40, 200, seed=1))
+    a.values = a.values.at[1, 150].set(jnp.nan)
+    b.values = b.values.at[33, 199].set(jnp.nan)
+    expected = np.zeros((m, 40), bool)
+    expected[1], expected[:, 33] = True, True
+    np.testing.assert_array_equal(np.isnan(np.asarray(gemm(a, b), np.float32)), expected)
+    a, b = operands("fp8 x fp8 ue8m0", normal(m, 200), normal(300, 200, seed=1))
+    b.scales = b.scales.at[1, 1].set(jnp.nan)
+    expected = np.broadcast_to((np.arange(300) >= 128) & (np.arange(300) < 256), (m, 300))
+    np.testing.assert_array_equal(np.isnan(np.asarray(gemm(a, b), np.float32)), expected)
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "fp8 x fp8"])
+def test_vmap_is_one_call(kind):
+    a, b, accumulator = normal(3, 4, 130), normal(3, 5, 130, seed=1), normal(3, 4, 5, seed=2)
+    a, b = operands(kind, a, b)
+
+    def one(a, b, accumulator):
+        return gemm(a, b, accumulator=accumulator, out_dtype=jnp.float32)
+
+    def pick(x, i):
+        return jax.tree.map(lambda v: v[i], x)
+
+    for axes in ((0, 0, 0), (0, None, 0), (None, 0, 0), (0, 0, None), (0, None, None)):
+        args = [x if axis == 0 else pick(x, 0) for x, axis in zip((a, b, accumulator), axes, strict=True)]
+        mapped = jax.vmap(one, axes)
+        got = mapped(*args)
+        for i in range(3):
+            x, y, z = [pick(v, i) if axis == 0 else v for v, axis in zip(args, axes, strict=True)]
+            check_gemm(x, y, got[i], exact(z))
+        text = jax.jit(mapped).lower(*args).as_text()
+        assert text.count("jaxkern.gemm.v1") == 1 and "while" not in text
+    # Two batch axes, the inner one of a alone.
+    got = jax.vmap(jax.vmap(gemm, (0, None)), (0, 0))(normal(2, 3, 4, 9), normal(2, 5, 9, seed=1))
+    want = np.einsum("xymk,xnk->xymn", exact(normal(2, 3, 4, 9)), exact(normal(2, 5, 9, seed=1)))
+    np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+# ---- groups ----
+
+
+def spans(sizes, alignment, rows):
+    """Each group's [begin, end)."""
+    result, begin = [], 0
+    for size in sizes:
+        end = begin + min(max(size, 0), rows - begin)
+        result.append((begin, end))
+        begin = min(-(-end // alignment) * alignment, rows)
+    return result
+
+
+group_cases = {
+    "sizes": st.lists(st.sampled_from([0, 0, 1, 3, 8, 9, 20, 60, -5, 2**31 - 1, -(2**31)]), min_size=4, max_size=4),
+    "alignment": st.sampled_from([1, 1, 4, 16]),
+    "implementation": st.sampled_from([None, None, "xla"]),
+}
+
+
+@few
+@given(kind=st.sampled_from(KINDS), **group_cases)
+def test_grouped_gemm(kind, sizes, alignment, implementation):
+    m, n, k = 70, 130, 200
+    a, b = operands(kind, normal(m, k), normal(4, n, k, seed=1))
+    inside = np.zeros(m, bool)
+    for begin, end in spans(sizes, alignment, m):
+        inside[begin:end] = True
+    # Whatever no group owns must not matter.
+    if isinstance(a, ScaledArray):
+        a = ScaledArray(a.values, jnp.where(inside[:, None], a.scales, jnp.nan), a.block_shape)
+    else:
+        a = jnp.where(inside[:, None], a, jnp.nan)
+    out = grouped_gemm(
+        a,
+        b,
+        jnp.asarray(sizes, jnp.int32),
+        group_alignment=alignment,
+        out_dtype=jnp.float32,
+        implementation=implementation,
+    )
+    out, a, b = np.asarray(out), exact(a), exact(b)
+    for group, (begin, end) in enumerate(spans(sizes, alignment, m)):
+        x, y = a[begin:end], b[group]
+        assert_close(out[begin:end], x @ y.T, np.abs(x) @ np.abs(y).T)
+    assert not out[~inside].any()
+
+
+@few
+@given(
+    dtypes=st.sampled_from([(jnp.float32, jnp.float32), (jnp.bfloat16, jnp.bfloat16), (jnp.bfloat16, jnp.float32)]),
+    accumulate=st.booleans(),
+    **group_cases,
+)
+def test_k_grouped_gemm(dtypes, accumulate, sizes, alignment, implementation):
+    t, m, n = 70, 37, 130
+    inside = np.zeros((t, 1), bool)
+    for begin, end in spans(sizes, alignment, t):
+        inside[begin:end] = True
+    a = jnp.where(inside, normal(t, m, dtype=dtypes[0]), jnp.nan)
+    b = jnp.where(inside, normal(t, n, seed=1, dtype=dtypes[1]), jnp.inf)
+    accumulator = normal(4, m, n, seed=2) if accumulate else None
+    out = k_grouped_gemm(
+        a,
+        b,
+        jnp.asarray(sizes, jnp.int32),
+        group_alignment=alignment,
+        accumulator=accumulator,
+        implementation=implementation,
+    )
+    assert out.dtype == jnp.float32
+    for group, (begin, end) in enumerate(spans(sizes, alignment, t)):
+        x, y = exact(a)[begin:end].T, exact(b)[begin:end]
+        start = exact(accumulator)[group] if accumulate else 0.0
+        assert_close(out[group], x @ y + start, np.abs(x) @ np.abs(y) + np.abs(start))
+
+
+def test_one_group_has_everything():
+    a, b = normal(600, 96), normal(3, 40, 96, seed=1)
+    out = grouped_gemm(a, b, jnp.asarray([0, 600, 0], jnp.int32))
+    check_gemm(a, b[1], out)
+
+
+def test_no_rows_and_no_groups():
+    sizes = jnp.zeros(2, jnp.int32)
+    assert grouped_gemm(normal(0, 8), normal(2, 3, 8), sizes).shape == (0, 3)
+    assert not np.asarray(grouped_gemm(normal(5, 0), normal(2, 3, 0), sizes + 2)).any()
+    assert not np.asarray(grouped_gemm(normal(5, 8), normal(0, 3, 8), sizes[:0])).any()
+    assert not np.asarray(k_grouped_gemm(normal(0, 8), normal(0, 3), sizes)).any()
+
+
+def test_vmap_of_groups():
+    a, b, sizes = normal(2, 20, 16), normal(3, 5, 16, seed=1), jnp.asarray([[3, 0, 9], [1, 18, 1]], jnp.int32)
+    got = jax.vmap(grouped_gemm, (0, None, 0))(a, b, sizes)
+    for i in range(2):
+        np.testing.assert_array_equal(got[i], grouped_gemm(a[i], b, sizes[i]))
+
+
+# ---- gradients ----
+
+
+def assert_gradients(ours, theirs, args, tolerance):
+    got = jax.grad(lambda *x: jnp.sum(jnp.sin(ours(*x).astype(jnp.float32))), tuple(range(len(args))))(*args)
+    wide = [x.astype(jnp.float32) for x in args]
+    want = jax.grad(lambda *x: jnp.sum(jnp.sin(theirs(*x))), tuple(range(len(args))))(*wide)
+    for x, g, w in zip(args, got, want, strict=True):
+        assert g.dtype == x.dtype
+        np.testing.assert_allclose(np.asarray(g, np.float32), w, atol=tolerance * np.abs(w).max())
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
+@pytest.mark.parametrize("m", [3, 37])
+def test_gemm_gradients(dtype, tolerance, m):
+    args = normal(m, 150, dtype=dtype), normal(33, 150, seed=1, dtype=dtype), normal(m, 33, seed=2, dtype=dtype)
+    args = [x / 8 for x in args]
+    assert_gradients(
+        lambda a, b, c: gemm(a, b, accumulator=c),
+        lambda a, b, c: jnp.matmul(a, b.T, precision="highest") + c,
+        args,
+        tolerance,
+    )
+
+
+@pytest.mark.parametrize("blocks", [(1, 128), (128, 128)])
+@pytest.mark.parametrize("m", [3, 37])
+def test_gradient_of_a_frozen_fp8_weight(blocks, m):
+    a, b = normal(m, 150) / 8, quantize(normal(200, 150, seed=1) / 8, blocks)
+    wide = dequantize(b)
+    assert_gradients(lambda a: gemm(a, b), lambda a: jnp.matmul(a, wide.T, precision="highest"), [a], 1e-5)
+    sizes = jnp.asarray([m - 1, 1], jnp.int32)
+    two = jax.tree.map(lambda x: jnp.stack([x, x]), b)
+    assert_gradients(
+        lambda a: grouped_gemm(a, two, sizes), lambda a: jnp.matmul(a, wide.T, precision="highest"), [a], 1e-5
+    )
+    zeros = jax.grad(lambda b: gemm(a, b).sum(), allow_int=True)(b)
+    assert not np.asarray(zeros.scales).any() and not np.asarray(zeros.values, np.float32).any()
+
+
+def test_no_gradient_of_an_fp8_a():
+    a, b = operands("fp8 x fp8", normal(3, 128), normal(4, 128))
+    with pytest.raises(NotImplementedError, match="gemm: no gradient with a ScaledArray a"):
+        jax.grad(lambda s: gemm(ScaledArray(a.values, s), b, out_dtype=jnp.float32).sum())(a.scales)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
+def test_grouped_gradients(dtype, tolerance):
+    sizes, alignment = [9, 0, 20, 1], 8
+    owner = np.full(64, -1)
+    for group, (begin, end) in enumerate(spans(sizes, alignment, 64)):
+        owner[begin:end] = group
+    member = jnp.asarray(owner[:, None] == np.arange(4), jnp.float32)
+    sizes = jnp.asarray(sizes, jnp.int32)
+    a, b, c = normal(64, 40, dtype=dtype) / 8, normal(4, 24, 40, seed=1, dtype=dtype) / 8, normal(64, 24, seed=2) / 8
+    assert_gradients(
+        lambda a, b: grouped_gemm(a, b, sizes, group_alignment=alignment),
+        lambda a, b: jnp.einsum("mk,gnk,mg->mn", a, b, member, precision="highest"),
+        [a, b],
+        tolerance,
+    )
+    assert_gradients(
+        lambda a, c, s: k_grouped_gemm(a, c, sizes, group_alignment=alignment, accumulator=s),
+        lambda a, c, s: jnp.einsum("tm,tn,tg->gmn", a, c, member, precision="highest") + s,
+        [a, c.astype(dtype), normal(4, 40, 24, seed=3)],
+        tolerance,
+    )
+
+
+# ---- under JAX's transformations ----
+
+
+def test_shard_map_gradient_of_a_replicated_weight():
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    a, b = normal(8, 40), normal(6, 40, seed=1)
+
+    def loss(a, b):
+        def local(a, b):
+            return jax.lax.psum(jnp.sum(jnp.sin(gemm(a, b))), "x")
+
+        return jax.shard_map(local, mesh=mesh, in_specs=(P("x"), P()), out_specs=P())(a, b)
+
+    got = jax.jit(jax.grad(loss, (0, 1)))(a, b)
+    want = jax.grad(lambda a, b: jnp.sum(jnp.sin(jnp.matmul(a, b.T, precision="highest"))), (0, 1))(a, b)
+    for g, w in zip(got, want, strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-4)
+
+
+def test_export_with_a_symbolic_m():
+    (m,) = jax.export.symbolic_shape("m")
+    b = quantize(normal(40, 200, seed=1), (128, 128))
+    sizes = jnp.asarray([1, 2], jnp.int32)
+    both = jax.tree.map(lambda x: jnp.stack([x, x]), b)
+
+    def f(a):
+        return gemm(a, b), grouped_gemm(a, both, sizes)
+
+    exported = jax.export.export(jax.jit(f), disabled_checks=jaxkern.DISABLE_JAX_EXPORT_CHECKS)(
+        jax.ShapeDtypeStruct((m, 200), jnp.float32)
+    )
+    run = jax.export.deserialize(exported.serialize()).call
+    for rows in (5, 20):
+        dense, grouped = run(normal(rows, 200))
+        check_gemm(normal(rows, 200), b, dense)
+        check_gemm(normal(rows, 200)[:3], b, grouped[:3])
+        assert not np.asarray(grouped[3:]).any()
+
+
+def digest() -> str:
+    """The bits of results that take every path of the kernels."""
+    bits = hashlib.sha256()
+    for kind in KINDS:
+        for m in (3, 12, 150):
+            a, b = operands(kind, normal(m, 700), normal(250, 700, seed=1))
+            out = gemm(a, b, out_dtype=jnp.float32)
+            check_gemm(a, b, out)
+            bits.update(np.asarray(out).tobytes())
+    a, b, sizes = normal(150, 300), normal(3, 250, 300, seed=1), jnp.asarray([3, 40, 100], jnp.int32)
+    out, gradient = jax.vjp(lambda a, b: grouped_gemm(a, b, sizes), a, b)
+    for x in (out, *gradient(normal(150, 250))):
+        bits.update(np.asarray(x).tobytes())
+    return f"{jaxkern._ffi.CPU.simd_level()} {bits.hexdigest()}"
+
+
+def digest_in_a_process(**environment) -> str:
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}) if os.environ.get('ONE_CPU') else 0\n"
+    code += "import test_gemm; print(test_gemm.digest())"
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__), **environment}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+def test_every_simd_level(level):
+    """Below the best level, which all other tests run at."""
+    best = jaxkern._ffi.CPU.simd_level()
+    assert digest_in_a_process(JAXKERN_SIMD=level).split()[0] in (level, best)
+
+
+def test_bits_do_not_depend_on_the_number_of_threads():
+    assert digest_in_a_process(ONE_CPU="1") == digest()
+
+
+# ---- errors ----
+
+
+@pytest.mark.parametrize(
+    "error,match,call",
+    [
+        (ValueError, r"gemm: b must be .*k=4\], got float32\[3,5\]", lambda: gemm(normal(2, 4), normal(3, 5))),
+        (ValueError, r"gemm: a must be .*, got float32\[4\]", lambda: gemm(normal(4), normal(3, 4))),
+        (TypeError, r"gemm: a must be .*, got int32\[2,4\]", lambda: gemm(jnp.zeros((2, 4), jnp.int32), normal(3, 4))),
+        (TypeError, r"gemm: a and b must be both", lambda: gemm(normal(2, 4), normal(3, 4, dtype=jnp.bfloat16))),
+        (TypeError, r"gemm: a and b must be both", lambda: gemm(quantize(normal(2, 4)), normal(3, 4))),
+        (ValueError, r"gemm: a must have blocks", lambda: gemm(quantize(normal(2, 4), (128, 128)), normal(3, 4))),
+        (TypeError, r"gemm: out_dtype", lambda: gemm(normal(2, 4), normal(3, 4), out_dtype=jnp.float16)),
+        (
+            TypeError,
+            r"gemm: accumulator must be bfloat16",
+            lambda: gemm(normal(2, 4), normal(3, 4), accumulator=normal(2, 3), out_dtype=jnp.bfloat16),
+        ),
+        (
+            ValueError,
+            r"gemm: b.scales must be .* got float32\[2,1\]",
+            lambda: gemm(normal(2, 4), ScaledArray(quantize(normal(3, 4)).values, jnp.ones((2, 1)), (1, 128))),
+        ),
+        (
+            ValueError,
+            r"grouped_gemm: group_sizes must be int32 \[g=2\], got int32\[3\]",
+            lambda: grouped_gemm(normal(2, 4), normal(2, 3, 4), jnp.zeros(3, jnp.int32)),
+        ),
+        (
+            TypeError,
+            r"grouped_gemm: group_sizes must be int32",
+            lambda: grouped_gemm(normal(2, 4), normal(2, 3, 4), jnp.zeros(2)),
+        ),
+        (
+            ValueError,
+            r"grouped_gemm: group_alignment must be at least 1, got 0",
+            lambda: grouped_gemm(normal(2, 4), normal(2, 3, 4), jnp.zeros(2, jnp.int32), group_alignment=0),
+        ),
+        (
+            ValueError,
+            r"k_grouped_gemm: b must be .*t=2, n\], got float32\[3,4\]",
+            lambda: k_grouped_gemm(normal(2, 4), normal(3, 4), jnp.zeros(2, jnp.int32)),
+        ),
+        (NotImplementedError, r"gemm: .*no CUDA", lambda: gemm(normal(2, 4), normal(3, 4), implementation="cuda")),
+    ],
+)
+def test_errors(error, match, call):
+    with pytest.raises(error, match=match):
+        call()

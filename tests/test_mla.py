@@ -1,0 +1,408 @@
+"""MLA attention against loops in float64 and against plain attention's own gradients."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jaxkern
+
+IMPLEMENTATIONS = ["cpu", "xla"]
+BF16 = ml_dtypes.bfloat16
+
+mla_decode = jax.jit(
+    jaxkern.mla_decode, static_argnames=["softmax_scale", "latent_dim", "causal", "num_splits", "implementation"]
+)
+
+
+# ---- decode ----
+
+
+def decode_by_hand(q, cache, block_table, seq_lens, *, softmax_scale, latent_dim, causal=True, num_splits=None):
+    """mla_decode, written as its docstring says it, in float64."""
+    b, s, h, _ = q.shape
+    p, page, _ = cache.shape
+    out, lse = np.zeros((b, s, h, latent_dim)), np.full((b, s, h), -np.inf)
+    for request in range(b):
+        length = min(max(int(seq_lens[request]), 0), block_table.shape[1] * page)
+        for query in range(s):
+            end = length - (s - 1 - query) if causal else length
+            slots = [(block_table[request, t // page], t % page) for t in range(max(end, 0))]
+            keys = np.array([cache[at, row] for at, row in slots if 0 <= at < p], np.float64)
+            if len(keys) == 0:
+                continue
+            logits = softmax_scale * q[request, query].astype(np.float64) @ keys.T
+            largest = logits.max(axis=1, keepdims=True)
+            weights = np.exp(logits - largest)
+            total = weights.sum(axis=1, keepdims=True)
+            out[request, query] = weights @ keys[:, :latent_dim] / total
+            lse[request, query] = (largest + np.log(total))[:, 0]
+    return out, lse
+
+
+def paged(seed, b, s, h, page, width, lengths, *, q_dtype=np.float32, dtype=np.float32, pages=None):
+    """Random operands whose unused rows are NaN and whose unused table entries are garbage."""
+    rng = np.random.default_rng(seed)
+    pages = pages or max(1, -(-max(lengths) // page))
+    used = [-(-max(n, 0) // page) for n in lengths]
+    p = sum(min(u, pages) for u in used) + 2
+    q = np.clip(rng.standard_normal((b, s, h, width)), -1, 1).astype(q_dtype)
+    cache = np.full((p, page, width), np.nan, dtype)
+    table = rng.choice([2147480000, -1, p, -(2**31)], (b, pages)).astype(np.int32)
+    free = iter(rng.permutation(p))
+    for request, length in enumerate(lengths):
+        for i in range(min(used[request], pages)):
+            table[request, i] = at = next(free)
+            rows = min(page, length - i * page)
+            cache[at, :rows] = (rng.standard_normal((rows, width)) / 2).astype(dtype)
+    return q, cache, table, np.array(lengths, np.int32)
+
+
+def flash_mla_accepts(got, expected, absolute, relative, cosine):
+    """FlashMLA's own criterion: each element by one of two tolerances, and all of them by angle."""
+    got, expected = np.asarray(got).astype(np.float64), np.asarray(expected).astype(np.float64)
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(got[~finite], expected[~finite])
+    g, e = got[finite], expected[finite]
+    error = np.abs(g - e)
+    assert ((error < absolute) | (error / (np.abs(e) + 1e-6) < relative)).all(), error.max()
+    if (e != 0).any():
+        assert 1 - 2 * (g * e).sum() / (g * g + e * e).sum() <= cosine
+
+
+def assert_decodes(arrays, implementation, rtol=1e-5, **kwargs):
+    out, lse = mla_decode(*arrays, implementation=implementation, **kwargs)
+    assert out.dtype == arrays[0].dtype and lse.dtype == np.float32
+    expected_out, expected_lse = decode_by_hand(*arrays, **kwargs)
+    flash_mla_accepts(lse, expected_lse, 1e-6, rtol, 1e-9)
+    if out.dtype == np.float32:
+        flash_mla_accepts(out, expected_out, rtol / 10, rtol, 1e-9)
+    else:
+        flash_mla_accepts(out, expected_out, 1e-5, 1 / 250, 5e-6)  # one rounding, weights of 16 bits
+
+
+SHAPES = [  # b, s, h, page, pages, width, latent, dtype of q, of the cache
+    (3, 1, 16, 64, 10, 576, 512, BF16, BF16),
+    (2, 2, 3, 16, 40, 80, 64, np.float32, np.float32),
+    (2, 4, 33, 16, 4, 72, 64, np.float32, BF16),
+    (1, 3, 128, 256, 3, 96, 64, BF16, np.float32),
+    (4, 1, 1, 32, 5, 83, 61, np.float32, np.float32),
+    (2, 1, 20, 24, 7, 37, 37, BF16, BF16),
+]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_decode(shape, implementation, data):
+    b, s, h, page, pages, width, latent, q_dtype, dtype = shape
+    length = st.one_of(st.sampled_from([0, 1, s, page, pages * page]), st.integers(0, pages * page))
+    lengths = data.draw(st.lists(length, min_size=b, max_size=b))
+    causal = data.draw(st.booleans()) if implementation == "cpu" else s != 4  # a draw less to compile
+    arrays = paged(sum(lengths), b, s, h, page, width, lengths, q_dtype=q_dtype, dtype=dtype, pages=pages)
+    assert_decodes(arrays, implementation, softmax_scale=width**-0.55, latent_dim=latent, causal=causal)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_decode_of_rows_without_keys(implementation):
+    """Empty requests, requests shorter than their new tokens, and negative lengths."""
+    q, cache, table, _ = paged(0, 5, 3, 2, 16, 24, [20, 20, 20, 20, 20])
+    seq_lens = np.array([0, 1, 2, 3, -7], np.int32)
+    out, lse = mla_decode(q, cache, table, seq_lens, softmax_scale=0.3, latent_dim=16, implementation=implementation)
+    keys = np.maximum(np.maximum(seq_lens, 0)[:, None] - np.array([2, 1, 0]), 0)
+    np.testing.assert_array_equal(np.isneginf(lse).all(axis=2), keys == 0)
+    np.testing.assert_array_equal((np.asarray(out) == 0).all(axis=(2, 3)), keys == 0)
+    assert_decodes((q, cache, table, seq_lens), implementation, softmax_scale=0.3, latent_dim=16)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_decode_of_one_key_is_its_value(implementation):
+    q, cache, table, seq_lens = paged(0, 2, 1, 20, 16, 48, [1, 1], dtype=BF16)
+    out, lse = mla_decode(q, cache, table, seq_lens, softmax_scale=0.5, latent_dim=32, implementation=implementation)
+    keys = cache[table[:, 0], 0].astype(np.float32)
+    np.testing.assert_array_equal(out, np.broadcast_to(keys[:, None, None, :32], out.shape))
+    np.testing.assert_allclose(lse[:, 0], 0.5 * np.einsum("bhd,bd->bh", q[:, 0], keys), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_decode_masks_pages_outside_the_cache(implementation):
+    q, cache, table, seq_lens = paged(1, 2, 2, 5, 16, 40, [700, 90])
+    table[0, [0, 7, 30, 43]] = [-1, len(cache), 2**31 - 1, -(2**31)]
+    table[1, :] = 10**6
+    assert_decodes((q, cache, table, seq_lens), implementation, softmax_scale=0.3, latent_dim=32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_decode_clamps_lengths_to_the_table(implementation):
+    q, cache, table, seq_lens = paged(2, 2, 2, 5, 16, 40, [64, 64])
+    for beyond in (65, 1000, 2**31 - 1):
+        arrays = (q, cache, table, np.array([beyond, 64], np.int32))
+        assert_decodes(arrays, implementation, softmax_scale=0.3, latent_dim=32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_decode_shows_a_nan_to_those_that_attend_to_it_only(implementation):
+    q, cache, table, seq_lens = paged(3, 3, 2, 3, 16, 40, [50, 50, 700])
+    clean = decode_by_hand(q, cache, table, seq_lens, softmax_scale=0.3, latent_dim=32)
+    cache[table[0, 20 // 16], 20 % 16, 5] = np.nan  # a value
+    cache[table[1, 49 // 16], 49 % 16, 35] = np.nan  # not a value; key of the last query only
+    cache[table[2, 699 // 16], 699 % 16, 3] = np.inf
+    out, lse = mla_decode(q, cache, table, seq_lens, softmax_scale=0.3, latent_dim=32, implementation=implementation)
+    touched = np.array([[True, True], [False, True], [False, True]])
+    np.testing.assert_array_equal(np.isnan(out[:2]).any(axis=(2, 3)), touched[:2])
+    np.testing.assert_array_equal(np.isnan(lse[:2]).any(axis=2), touched[:2])
+    np.testing.assert_allclose(np.asarray(out)[~touched], clean[0][~touched], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(lse)[~touched], clean[1][~touched], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_decode_of_large_logits_neither_overflows_nor_vanishes(implementation):
+    arrays = paged(4, 2, 1, 5, 16, 40, [600, 33])
+    assert_decodes((arrays[0] * 40, *arrays[1:]), implementation, 1e-3, softmax_scale=5.0, latent_dim=32)
+
+
+def test_decode_splits_agree_to_rounding():
+    arrays = paged(5, 3, 2, 18, 64, 96, [1500, 0, 700])
+    kwargs = dict(softmax_scale=0.2, latent_dim=64)
+    whole = mla_decode(*arrays, num_splits=1, **kwargs)
+    for num_splits in (None, 2, 3, 7, 2000):
+        for got, expected in zip(mla_decode(*arrays, num_splits=num_splits, **kwargs), whole, strict=True):
+            np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, BF16])
+def test_decode_of_a_request_has_the_same_bits_alone_and_in_a_batch(dtype):
+    q, cache, table, seq_lens = paged(6, 4, 2, 20, 16, 72, [1300, 70, 0, 513], q_dtype=dtype, dtype=dtype)
+    batch = mla_decode(q, cache, table, seq_lens, softmax_scale=0.2, latent_dim=64)
+    for i in range(4):
+        one = (q[i : i + 1], cache, table[i : i + 1], seq_lens[i : i + 1])
+        for got, expected in zip(mla_decode(*one, softmax_scale=0.2, latent_dim=64), batch, strict=True):
+            np.testing.assert_array_equal(got[0], expected[i])
+
+
+def many_splits():
+    arrays = paged(7, 2, 2, 70, 16, 72, [1300, 613], q_dtype=BF16, dtype=BF16)
+    out, lse = mla_decode(*arrays, softmax_scale=0.2, latent_dim=64)
+    return {"out": np.asarray(out).astype(np.float32), "lse": np.asarray(lse)}
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a way to pin a process to one core")
+def test_decode_has_the_same_bits_on_one_core(tmp_path):
+    path = str(tmp_path / "one_core.npz")
+    code = f"import os; os.sched_setaffinity(0, {{0}}); import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); "
+    code += f"import numpy as np, test_mla as t; np.savez({path!r}, **t.many_splits())"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for name, expected in many_splits().items():
+        np.testing.assert_array_equal(np.load(path)[name], expected)
+
+
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+def test_decode_at_every_simd_level(level):
+    """Whole results in a process of that level; a machine without it runs the best that it has."""
+    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_mla as t; t.check_shapes()"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "JAXKERN_SIMD": level})
+
+
+def check_shapes():
+    for i, (b, s, h, page, pages, width, latent, q_dtype, dtype) in enumerate(SHAPES):
+        lengths = [pages * page - 1 - 3 * j for j in range(b)]
+        arrays = paged(i, b, s, h, page, width, lengths, q_dtype=q_dtype, dtype=dtype)
+        assert_decodes(arrays, "cpu", softmax_scale=width**-0.55, latent_dim=latent)
+
+
+@pytest.mark.parametrize("in_axes", [(0, None, None, None), (0, 0, None, None), (None, 0, 0, None), (1, 0, 0, 0)])
+def test_decode_vmap(in_axes):
+    cases = [paged(seed, 2, 1, 3, 16, 40, [33, 20]) for seed in (8, 9)]
+    arrays = [
+        cases[0][i] if axis is None else np.stack([c[i] for c in cases], axis=axis) for i, axis in enumerate(in_axes)
+    ]
+
+    def call(*arrays):
+        return jaxkern.mla_decode(*arrays, softmax_scale=0.3, latent_dim=32)
+
+    got = jax.vmap(call, in_axes)(*arrays)
+    for n in range(2):
+        one = call(*[x if axis is None else np.take(x, n, axis) for x, axis in zip(arrays, in_axes, strict=True)])
+        for g, e in zip(got, one, strict=True):
+            np.testing.assert_array_equal(g[n], e)
+
+
+def test_decode_errors():
+    q, cache, table, seq_lens = paged(0, 4, 1, 2, 16, 40, [20, 20, 20, 20], pages=8)
+    call = jax.jit(lambda *a, **k: jaxkern.mla_decode(*a, **{"softmax_scale": 1.0, "latent_dim": 32, **k}))
+    with pytest.raises(TypeError, match=r"mla_decode: block_table must be int32 \[b=4, pages\], got float32\[4,8\]"):
+        call(q, cache, table.astype(np.float32), seq_lens)
+    with pytest.raises(TypeError, match=r"mla_decode: q must be float32 or bfloat16 \[b, s, h, d\], got int32"):
+        call(q.astype(np.int32), cache, table, seq_lens)
+    with pytest.raises(ValueError, match=r"mla_decode: cache must be .* \[p, page, d=40\], got float32\[\d+,16,39\]"):
+        call(q, cache[..., 1:], table, seq_lens)
+    with pytest.raises(ValueError, match=r"mla_decode: seq_lens must be int32 \[b=4\], got int32\[3\]"):
+        call(q, cache, table, seq_lens[1:])
+    for latent_dim in (0, 41):
+        with pytest.raises(ValueError, match=f"mla_decode: latent_dim must be from 1 to d=40, got {latent_dim}"):
+            jaxkern.mla_decode(q, cache, table, seq_lens, softmax_scale=1.0, latent_dim=latent_dim)
+    with pytest.raises(ValueError, match="mla_decode: num_splits must be None or at least 1, got 0"):
+        jaxkern.mla_decode(q, cache, table, seq_lens, softmax_scale=1.0, latent_dim=32, num_splits=0)
+
+
+# ---- prefill ----
+
+
+def attention(q, k, v, softmax_scale, causal=True, segments=None):
+    """Plain attention with the whole matrix of probabilities; queries without keys have out 0 and lse -inf."""
+    t = q.shape[1]
+    sees = jnp.tril(jnp.ones((1, 1, t, t), bool)) if causal else jnp.ones((1, 1, t, t), bool)
+    if segments is not None:
+        same = (segments[:, :, None] == segments[:, None, :]) & (segments >= 0)[:, None, :]
+        sees = sees & same[:, None]
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") * softmax_scale
+    logits = jnp.where(sees, logits, -1e30)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    p = jnp.where(sees, jnp.exp(logits - lse[..., None]), 0)
+    out = jnp.einsum("bhqk,bkhd->bqhd", p, v, precision="highest")
+    return out, jnp.swapaxes(jnp.where(sees.any(-1), lse, -jnp.inf), 1, 2)
+
+
+def weighted_sum(results):
+    """A scalar in which every element of out, and lse where it is finite, has a weight of its own."""
+    out, lse = results
+    weights = jnp.cos(jnp.arange(out.size)).reshape(out.shape)
+    return (out.astype(jnp.float32) * weights).sum() + jnp.where(jnp.isfinite(lse), jnp.sin(lse), 0).sum()
+
+
+def sequences(seed, b, t, h, dk, dv, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    return [jnp.asarray(rng.standard_normal((b, t, h, d)).astype(dtype)) for d in (dk, dk, dv)]
+
+
+def assert_prefills(call, expected_call, arrays, rtol=1e-5):
+    """Results and gradients; tolerances relative to the largest of an array."""
+
+    def both(call):
+        return jax.jit(lambda *a: (call(*a), jax.grad(lambda *a: weighted_sum(call(*a)), (0, 1, 2))(*a)))(*arrays)
+
+    for got, expected in zip(*(jax.tree.leaves(both(c)) for c in (call, expected_call)), strict=True):
+        assert got.shape == expected.shape
+        got, expected = np.asarray(got).astype(np.float64), np.asarray(expected).astype(np.float64)
+        finite = np.isfinite(expected)
+        np.testing.assert_array_equal(got[~finite], expected[~finite])
+        limit = rtol * max(1, np.abs(expected[finite]).max(initial=0))
+        np.testing.assert_allclose(got[finite], expected[finite], rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+@pytest.mark.parametrize("t", [1, 20, 600])
+def test_prefill(t, causal):
+    assert_prefills(
+        lambda *a: jaxkern.mla_prefill(*a, softmax_scale=0.3, causal=causal),
+        lambda *a: attention(*a, 0.3, causal),
+        sequences(t, 2, t, 3, 24, 16),
+    )
+
+
+@pytest.mark.parametrize("t", [33, 600])
+def test_prefill_of_padded_sequences(t):
+    seq_lens = jnp.array([t, t // 2, 0, 1], jnp.int32)
+    segments = jnp.where(jnp.arange(t) < seq_lens[:, None], 0, -1)
+    arrays = sequences(t, 4, t, 2, 24, 16)
+    causal = t < 100
+    assert_prefills(
+        lambda *a: jaxkern.mla_prefill(*a, softmax_scale=0.3, causal=causal, seq_lens=seq_lens),
+        lambda *a: attention(*a, 0.3, causal, segments),
+        arrays,
+    )
+    # What lies past the end may be anything, and gets no gradient.
+    poisoned = [jnp.where((segments >= 0)[..., None, None], x, jnp.nan) for x in arrays]
+
+    @jax.jit
+    def call(*a):
+        return jaxkern.mla_prefill(*a, softmax_scale=0.3, seq_lens=seq_lens)
+
+    for got, expected in zip(call(*poisoned), call(*arrays), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    gradients = jax.jit(jax.grad(lambda *a: weighted_sum(call(*a)), (0, 1, 2)))(*poisoned)
+    for g in gradients:
+        assert np.isfinite(np.asarray(g)).all() and (np.asarray(g)[np.asarray(segments < 0)] == 0).all()
+
+
+@pytest.mark.parametrize("t", [40, 600])
+def test_prefill_of_packed_sequences(t):
+    cu_seqlens = [0, 7, 7, t // 2, t - 3]  # one is empty, three tokens belong to none
+    arrays = [x[0] for x in sequences(t, 1, t, 2, 24, 16)]
+    packed = jnp.array(cu_seqlens, jnp.int32)
+
+    def one_by_one(*arrays):
+        parts = [
+            attention(*[x[None, i:j] for x in arrays], 0.3)
+            for i, j in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True)
+            if j > i
+        ]
+        out, lse = (jnp.concatenate([p[i][0] for p in parts]) for i in (0, 1))
+        return jnp.pad(out, [(0, 3), (0, 0), (0, 0)]), jnp.pad(lse, [(0, 3), (0, 0)], constant_values=-jnp.inf)
+
+    assert_prefills(lambda *a: jaxkern.mla_prefill(*a, softmax_scale=0.3, cu_seqlens=packed), one_by_one, arrays)
+
+
+def test_prefill_in_bfloat16_is_float32_rounded_once():
+    arrays = sequences(0, 2, 280, 2, 48, 32, BF16)
+    out, lse = jax.jit(lambda *a: jaxkern.mla_prefill(*a, softmax_scale=0.2))(*arrays)
+    expected = jax.jit(lambda *a: attention(*a, 0.2))(*[x.astype(jnp.float32) for x in arrays])
+    assert out.dtype == BF16 and lse.dtype == np.float32
+    flash_mla_accepts(out, expected[0], 1e-6, 1 / 255, 5e-6)
+    flash_mla_accepts(lse, expected[1], 1e-6, 1e-5, 1e-9)
+    gradients = jax.jit(jax.grad(lambda *a: weighted_sum(jaxkern.mla_prefill(*a, softmax_scale=0.2)), (0, 1, 2)))(
+        *arrays
+    )
+    wide = [x.astype(jnp.float32) for x in arrays]
+    expected = jax.jit(jax.grad(lambda *a: weighted_sum(attention(*a, 0.2)), (0, 1, 2)))(*wide)
+    for g, e in zip(gradients, expected, strict=True):
+        assert g.dtype == BF16
+        flash_mla_accepts(g, e, 4e-3 * float(jnp.abs(e).max()), 2 / 128, 2e-5)  # the cotangent was rounded too
+
+
+def test_prefill_memory_is_linear():
+    """Four times the sequence may take four times the memory, where probabilities would take sixteen."""
+
+    def temporaries(t):
+        shapes = [jax.ShapeDtypeStruct((1, t, 1, 32), np.float32)] * 3
+        loss = jax.grad(lambda *a: weighted_sum(jaxkern.mla_prefill(*a, softmax_scale=0.2)), (0, 1, 2))
+        return jax.jit(loss).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(16384) < 4.5 * temporaries(4096)
+    assert temporaries(4096) < 4.5 * temporaries(1024)
+
+
+def test_prefill_and_decode_agree():
+    """The last token of a sequence, by either: keys of all heads alike, values their first columns."""
+    q, cache, table, seq_lens = paged(11, 3, 1, 4, 16, 40, [40, 7, 1])
+    decoded = jaxkern.mla_decode(q, cache, table, seq_lens, softmax_scale=0.3, latent_dim=32)
+    k = jaxkern.kv_cache.gather(cache, table)[:, :, None, :].repeat(4, axis=2)
+    queries = jnp.zeros(k.shape).at[np.arange(3), seq_lens - 1].set(q[:, 0])
+    prefill = jax.jit(lambda *a: jaxkern.mla_prefill(*a, softmax_scale=0.3, seq_lens=seq_lens))
+    out, lse = prefill(queries, k, k[..., :32])
+    np.testing.assert_allclose(out[np.arange(3), seq_lens - 1], decoded[0][:, 0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(lse[np.arange(3), seq_lens - 1], decoded[1][:, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_prefill_errors():
+    q, k, v = sequences(0, 2, 8, 2, 24, 16)
+    with pytest.raises(ValueError, match="mla_prefill: seq_lens and cu_seqlens exclude each other"):
+        jaxkern.mla_prefill(q, k, v, softmax_scale=1.0, seq_lens=jnp.ones(2, int), cu_seqlens=jnp.ones(2, int))
+    with pytest.raises(
+        ValueError, match=r"mla_prefill: k must be .* \[b=2, t=8, h=2, dk=24\], got float32\[2,8,2,23\]"
+    ):
+        jaxkern.mla_prefill(q, k[..., 1:], v, softmax_scale=1.0)
+    with pytest.raises(TypeError, match=r"mla_prefill: seq_lens must be int32 \[b=2\], got float32\[2\]"):
+        jaxkern.mla_prefill(q, k, v, softmax_scale=1.0, seq_lens=jnp.ones(2))
+    with pytest.raises(ValueError, match=r"mla_prefill: q must be .* \[t, h, dk\], got float32\[2,8,2,24\]"):
+        jaxkern.mla_prefill(q, k, v, softmax_scale=1.0, cu_seqlens=jnp.array([0, 8], jnp.int32))
+    with pytest.raises(NotImplementedError, match="mla_prefill: implementation 'cpu' is not available: on a CPU XLA"):
+        jaxkern.mla_prefill(q, k, v, softmax_scale=1.0, implementation="cpu")
