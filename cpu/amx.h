@@ -1,5 +1,4 @@
-// Tile registers of the AMX unit: 8 of them, each 16 rows of 64 bytes; for functions marked JAXKERN_AMX, and only where
-// has_amx(). Included by kernels at level avx512.
+// The matrix unit of Level::amx: 8 tile registers, each 16 rows of 64 bytes. For code compiled at level avx512.
 //
 // c [16][16] float32 += a [16][32] bfloat16 x b [16][16][2] bfloat16, where b holds the product's 32 x 16 operand with
 // the rows 2i and 2i + 1 interleaved. Sums are float32; denormals count as zero.
@@ -8,8 +7,6 @@
 #include <cstdint>
 
 #include "cpu/simd.h"
-
-#define JAXKERN_AMX __attribute__((target("amx-tile,amx-bf16")))
 
 // Tile numbers are literals; strides are in bytes. The "memory" clobbers keep ordinary loads and stores in order.
 #define JAXKERN_TILE_ZERO(tile) asm volatile("tilezero %%tmm" #tile::: "memory")
@@ -31,7 +28,7 @@ static_assert(sizeof(TileConfig) == 64);
 // Makes all tiles 16 x 64 bytes, and puts back what the thread had before: other libraries use the unit too.
 class Tiles {
  public:
-  JAXKERN_AMX JAXKERN_INLINE Tiles() {
+  JAXKERN_INLINE Tiles() {
     TileConfig config;
     config.palette = 1;
     for (int i = 0; i < 8; ++i) {
@@ -41,7 +38,7 @@ class Tiles {
     asm volatile("sttilecfg %0" : "=m"(before_));
     asm volatile("ldtilecfg %0" ::"m"(config));
   }
-  JAXKERN_AMX JAXKERN_INLINE ~Tiles() { asm volatile("ldtilecfg %0" ::"m"(before_)); }
+  JAXKERN_INLINE ~Tiles() { asm volatile("ldtilecfg %0" ::"m"(before_)); }
   Tiles(const Tiles&) = delete;
 
  private:

@@ -200,15 +200,13 @@ void amx(const Segment& s, int64_t begin, int64_t rows, float* packed) {
   size_t bytes = kAmxBlockRows / kAmxRows * block * sizeof(float);
   float* c = static_cast<float*>(scratch(bytes, 1));
   if (s.k == 0) std::memset(c, 0, bytes);
-  TileConfig config;
-  _tile_loadconfig(&config);
+  Tiles tiles;
   for (int64_t row = 0; row < rows; row += kAmxBlockRows) {
     int64_t here = min(kAmxBlockRows, rows - row);
     amx_outer<B>(s, begin + row, here, packed, c);
     for (int64_t r = 0; r < here; r += kAmxRows)
       finish_transposed(s, begin + row + r, min(kAmxRows, here - r), c + r / kAmxRows * block, kTile, kAmxRows);
   }
-  _tile_release();
 }
 #endif
 

@@ -1,11 +1,13 @@
-// The matrix unit of Level::amx: bfloat16 tiles [16][32], summed as float32. An e4m3 is exact as a bfloat16, so FP8
-// operands go in as they are, and their scales multiply the sums over each 128 of k.
+// Products on the matrix unit (cpu/amx.h). An e4m3 is exact as a bfloat16, so FP8 operands go in as they are, and their
+// scales multiply the sums over each 128 of k.
+// scales multiply the sums over each 128 of k.
 #pragma once
 
 #ifdef JAXKERN_LEVEL_avx512
 
 #include <immintrin.h>
 
+#include "cpu/amx.h"
 #include "cpu/gemm.h"
 #include "cpu/gemm_pack.h"
 #include "cpu/simd.h"
@@ -82,16 +84,6 @@ void amx_pack_panel(const Segment& s, int64_t panel, int64_t begin, int64_t end,
 
 // ---- b by tiles ----
 
-// The shape of every tile: 16 rows of 64 bytes.
-struct TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// The tile instructions do not tell the compiler what memory they read.
-JAXKERN_INLINE void memory_barrier() { asm volatile("" ::: "memory"); }
-
 // Rows [row, row + rows) of b, k [k0, k0 + kc), as [rows rounded up to kAmxRows][kAmxRowStride]. The rows are too short
 // for the hardware to fetch them ahead.
 template <typename B>
@@ -109,26 +101,26 @@ void amx_pack_rows(const Operand& b, int64_t row, int64_t rows, int64_t k0, int6
 template <int kPanels>
 JAXKERN_INLINE void amx_multiply(const bf16* b, const bf16* a, int64_t panel_stride, int64_t kc) {
   for (int64_t i = 0; i < kc; i += kTileK) {
-    _tile_loadd(4, b + i, kAmxRowStride * 2);
-    _tile_loadd(6, a + i * kTile, kTileBytes);
-    _tile_loadd(5, b + kTile * kAmxRowStride + i, kAmxRowStride * 2);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(2, 5, 6);
+    JAXKERN_TILE_LOAD(4, b + i, kAmxRowStride * 2);
+    JAXKERN_TILE_LOAD(6, a + i * kTile, kTileBytes);
+    JAXKERN_TILE_LOAD(5, b + kTile * kAmxRowStride + i, kAmxRowStride * 2);
+    JAXKERN_TILE_PRODUCT(0, 4, 6);
+    JAXKERN_TILE_PRODUCT(2, 5, 6);
     if constexpr (kPanels == 2) {
-      _tile_loadd(7, a + panel_stride + i * kTile, kTileBytes);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
+      JAXKERN_TILE_LOAD(7, a + panel_stride + i * kTile, kTileBytes);
+      JAXKERN_TILE_PRODUCT(1, 4, 7);
+      JAXKERN_TILE_PRODUCT(3, 5, 7);
     }
   }
 }
 
 template <int kPanels>
 JAXKERN_INLINE void amx_store(float* c) {  // [kPanels][32][16]
-  _tile_stored(0, c, kTileBytes);
-  _tile_stored(2, c + kTile * kTile, kTileBytes);
+  JAXKERN_TILE_STORE(0, c, kTileBytes);
+  JAXKERN_TILE_STORE(2, c + kTile * kTile, kTileBytes);
   if constexpr (kPanels == 2) {
-    _tile_stored(1, c + kAmxRows * kTile, kTileBytes);
-    _tile_stored(3, c + kAmxRows * kTile + kTile * kTile, kTileBytes);
+    JAXKERN_TILE_STORE(1, c + kAmxRows * kTile, kTileBytes);
+    JAXKERN_TILE_STORE(3, c + kAmxRows * kTile + kTile * kTile, kTileBytes);
   }
 }
 
@@ -139,16 +131,16 @@ void amx_block(const bf16* b, const bf16* a, int64_t panel_stride, int64_t kc, b
                const float* b_scales, float* c) {
   if constexpr (!kScaled) {
     if (first) {
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
+      JAXKERN_TILE_ZERO(0);
+      JAXKERN_TILE_ZERO(1);
+      JAXKERN_TILE_ZERO(2);
+      JAXKERN_TILE_ZERO(3);
     } else {
-      _tile_loadd(0, c, kTileBytes);
-      _tile_loadd(2, c + kTile * kTile, kTileBytes);
+      JAXKERN_TILE_LOAD(0, c, kTileBytes);
+      JAXKERN_TILE_LOAD(2, c + kTile * kTile, kTileBytes);
       if constexpr (kPanels == 2) {
-        _tile_loadd(1, c + kAmxRows * kTile, kTileBytes);
-        _tile_loadd(3, c + kAmxRows * kTile + kTile * kTile, kTileBytes);
+        JAXKERN_TILE_LOAD(1, c + kAmxRows * kTile, kTileBytes);
+        JAXKERN_TILE_LOAD(3, c + kAmxRows * kTile + kTile * kTile, kTileBytes);
       }
     }
     amx_multiply<kPanels>(b, a, panel_stride, kc);
@@ -157,10 +149,10 @@ void amx_block(const bf16* b, const bf16* a, int64_t panel_stride, int64_t kc, b
   }
   alignas(64) float part[kPanels * kAmxRows * kTile];
   for (int64_t k = 0; k < kc; k += kScaleBlock) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    JAXKERN_TILE_ZERO(0);
+    JAXKERN_TILE_ZERO(1);
+    JAXKERN_TILE_ZERO(2);
+    JAXKERN_TILE_ZERO(3);
     amx_multiply<kPanels>(b + k, a + k * kTile, panel_stride, min(kScaleBlock, kc - k));
     amx_store<kPanels>(part);
 #pragma GCC unroll 2
@@ -192,7 +184,6 @@ void amx_outer(const Segment& s, int64_t row, int64_t rows, float* packed, float
         for (int64_t r = 0; r < rows; ++r)
           b_scales[r / kAmxRows][k / kScaleBlock * kAmxRows + r % kAmxRows] = scale_at(s.b, row + r, k0 + k);
     }
-    memory_barrier();
     for (int64_t panel = 0; panel < panels; panel += 2) {
       const bf16* a = amx_panel(s, packed, panel) + k0 * kTile;
       const float* a_scales = amx_panel_scales(s, packed, panel) + k0 / kScaleBlock * kTile;
@@ -205,7 +196,6 @@ void amx_outer(const Segment& s, int64_t row, int64_t rows, float* packed, float
           amx_block<1, kScaled>(b_block, a, stride, kc, k0 == 0, a_scales, b_scales[block], to);
       }
     }
-    memory_barrier();
   }
 }
 

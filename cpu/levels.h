@@ -5,15 +5,12 @@
 
 namespace jaxkern::cpu {
 
-// amx is the avx512 code, which may use the matrix unit as well.
+// amx is the avx512 code, which may then use the matrix unit (cpu/amx.h) as well.
 enum class Level { portable, avx2, avx512, amx };
 
 // The best level that this machine and this build have, or the one that JAXKERN_SIMD names if that is lower.
 Level simd_level();
 const char* simd_level_name();
-
-// Whether kernels of level avx512 may use the AMX unit for bfloat16 products (cpu/amx.h); not if JAXKERN_SIMD is set.
-bool has_amx();
 
 }  // namespace jaxkern::cpu
 

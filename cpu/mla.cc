@@ -338,8 +338,8 @@ void pack_queries_amx(const bf16* q, int64_t rows, int64_t width, bf16* packed) 
 
 // products [token][rows], of two blocks of 16 tokens and kGroups of 16 rows.
 template <int kGroups>
-JAXKERN_AMX void products_amx(const bf16* tile, int64_t key_stride, const bf16* queries, int64_t steps, float* products,
-                              int64_t rows) {
+void products_amx(const bf16* tile, int64_t key_stride, const bf16* queries, int64_t steps, float* products,
+                  int64_t rows) {
   JAXKERN_TILE_ZERO(0);
   JAXKERN_TILE_ZERO(1);
   JAXKERN_TILE_ZERO(2);
@@ -397,7 +397,7 @@ void pack_values_amx(const bf16* tile, int64_t key_stride, int64_t tokens, int64
 
 // acc [row][columns] += weights x values, of kGroups of 16 rows and two blocks of 16 columns.
 template <int kGroups>
-JAXKERN_AMX void values_amx(const bf16* weights, const bf16* values, int64_t tokens, float* acc, int64_t columns) {
+void values_amx(const bf16* weights, const bf16* values, int64_t tokens, float* acc, int64_t columns) {
   int64_t stride = columns * sizeof(float), steps = tokens / kStep;
   JAXKERN_TILE_LOAD(0, acc, stride);
   JAXKERN_TILE_LOAD(1, acc + 16, stride);
@@ -435,7 +435,7 @@ void shrink_rows(const float* shrink, int64_t rows, float* acc, int64_t stride) 
   }
 }
 
-JAXKERN_AMX void attend_amx(const MlaDecodeParams& p, const Plan& plan, const Task& task, Softmax& state, float* acc) {
+void attend_amx(const MlaDecodeParams& p, const Plan& plan, const Task& task, Softmax& state, float* acc) {
   int64_t last = start(p, plan, task, state, acc), rows = round_up(task.rows, 16), columns = plan.acc_stride;
   if (task.first >= last) return;
   int64_t steps = round_up(p.width, kStep) / kStep, stride = (steps | 1) * kStep;  // an odd number of cache lines
@@ -548,7 +548,7 @@ void mla_decode(const MlaDecodeParams& p, const Threads& threads) {
   plan.key_stride = round_up(p.width, 32) + 16;
   plan.acc_stride = round_up(p.latent, 32);
 #ifdef JAXKERN_LEVEL_avx512
-  plan.amx = p.q_type == DType::bf16 && p.cache_type == DType::bf16 && has_amx();
+  plan.amx = p.q_type == DType::bf16 && p.cache_type == DType::bf16 && simd_level() == Level::amx;
 #endif
   plan.max_splits = 1;
   for (int64_t i = 0; i < p.batch; ++i) plan.max_splits = at_least(plan.max_splits, splits_of(p, i).count);

@@ -1,8 +1,3 @@
-#if defined(JAXKERN_X86) && defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -54,17 +49,6 @@ Level detect() {
   return static_cast<Level>(best);
 }
 
-// The unit's registers are large, so Linux gives them to a process only when asked.
-bool detect_amx() {
-#if defined(JAXKERN_X86) && defined(__linux__)
-  constexpr int kRequestPermission = 0x1023, kTileData = 18;
-  return simd_level() == Level::avx512 && !std::getenv("JAXKERN_SIMD") && __builtin_cpu_supports("amx-bf16") &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
-}
-
 struct Buffer {
   size_t bytes = 0;
   void* data = nullptr;
@@ -76,11 +60,6 @@ struct Buffer {
 Level simd_level() {
   static const Level level = detect();
   return level;
-}
-
-bool has_amx() {
-  static const bool has = detect_amx();
-  return has;
 }
 
 const char* simd_level_name() { return kNames[static_cast<int>(simd_level())]; }
