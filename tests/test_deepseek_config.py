@@ -1,5 +1,6 @@
 """config.json: both spellings, what is refused and under which name."""
 
+import dataclasses
 import json
 
 import pytest
@@ -104,7 +105,5 @@ def test_written_config():
     assert made == config and made.to_hf() != source
     assert Config.from_dict(made.to_hf()) == config
     # A config that was changed after it was read is written as it is now.
-    import dataclasses
-
     changed = dataclasses.replace(config, num_hidden_layers=2)
     assert changed.to_hf()["num_hidden_layers"] == 2 and changed.to_hf()["bos_token_id"] == 0
