@@ -400,6 +400,9 @@ def digest() -> str:
     out, gradient = jax.vjp(lambda a, b: grouped_gemm(a, b, sizes), a, b)
     for x in (out, *gradient(normal(150, 250))):
         bits.update(np.asarray(x).tobytes())
+    for m in (1, 16):
+        test_every_fp8_code(m)
+        test_nan_reaches_its_row_and_column_only(m + 2)
     return f"{jaxkern._ffi.CPU.simd_level()} {bits.hexdigest()}"
 
 
