@@ -41,7 +41,9 @@ def summary() -> str:
 
 
 def with_summary(readme: str) -> str:
-    return re.sub(r"(<!-- results -->\n).*?(\n<!-- end -->)", lambda m: m[1] + summary() + m[2], readme, flags=re.DOTALL)
+    return re.sub(
+        r"(<!-- results -->\n).*?(\n<!-- end -->)", lambda m: m[1] + summary() + m[2], readme, flags=re.DOTALL
+    )
 
 
 if __name__ == "__main__":

@@ -8,22 +8,34 @@
 namespace jaxkern {
 namespace {
 
-// Shared by the caller and its helpers; a helper that starts after the work is done finds none and touches nothing
-// else.
+// Shared by the caller and its helpers; a helper that starts after the work is done finds none and touches nothing else.
 struct Work {
   cpu::Threads::Task task;
   void* context;
   int64_t tasks;
   std::atomic<int64_t> next{0};
-  std::atomic<int64_t> done{0};
+  std::atomic<int> open{0};  // threads that may be in a task
 
+  // Whoever finds no task left has seen every claim of one, and with it that claimant in `open`.
   void run() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      task(context, i);
-      done.fetch_add(1, std::memory_order_release);
-    }
+    open.fetch_add(1);
+    for (int64_t i; (i = next.fetch_add(1)) < tasks;) task(context, i);
+    if (open.fetch_sub(1) == 1) open.notify_all();
+  }
+
+  // Only tasks that a helper has begun are still open, so this is short and cannot deadlock.
+  void wait() {
+    for (int spins = 0; spins < 2000; ++spins)
+      if (open.load() == 0) return;
+    for (int n; (n = open.load()) != 0;) open.wait(n);
   }
 };
+
+// More threads than cores only take turns: XLA's pool has one for each device.
+int64_t threads_in(const ffi::ThreadPool& pool) {
+  static const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
+  return std::min(pool.num_threads(), cores);
+}
 
 void run_on_pool(void* pool_pointer, int64_t tasks, cpu::Threads::Task task, void* context) {
   auto& pool = *static_cast<ffi::ThreadPool*>(pool_pointer);
@@ -31,12 +43,10 @@ void run_on_pool(void* pool_pointer, int64_t tasks, cpu::Threads::Task task, voi
   work->task = task;
   work->context = context;
   work->tasks = tasks;
-  int64_t helpers = std::min(pool.num_threads(), tasks) - 1;
+  int64_t helpers = std::min(threads_in(pool), tasks) - 1;
   for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work->run(); });
   work->run();
-  // Only tasks that a helper has begun are still open, so this wait is short and cannot deadlock.
-  for (int spins = 0; work->done.load(std::memory_order_acquire) < tasks; ++spins)
-    if (spins > 1000) std::this_thread::yield();
+  work->wait();
 }
 
 std::string describe(ffi::Span<const int64_t> dims) {
@@ -47,7 +57,7 @@ std::string describe(ffi::Span<const int64_t> dims) {
 
 }  // namespace
 
-cpu::Threads threads_of(ffi::ThreadPool& pool) { return {&pool, run_on_pool, pool.num_threads()}; }
+cpu::Threads threads_of(ffi::ThreadPool& pool) { return {&pool, run_on_pool, threads_in(pool)}; }
 
 cpu::DType dtype_of(ffi::DataType type) {
   switch (type) {

@@ -1,7 +1,7 @@
 """Trains a small DeepSeek-V3-style model on Shakespeare's tragedies, byte by byte, with its experts spread over four
 CPU devices; saves it, loads it back, fine-tunes it on the sonnets, and lets both write.
 
-    python examples/shakespeare.py [--steps 450] [--out out/shakespeare]
+    python examples/shakespeare.py [--steps 420] [--out out/shakespeare]
 """
 
 import argparse
@@ -49,8 +49,8 @@ CONFIG = deepseek.Config(
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=450, help="training steps on the tragedies")
-    parser.add_argument("--tune-steps", type=int, default=120, help="fine-tuning steps on the sonnets")
+    parser.add_argument("--steps", type=int, default=420, help="training steps on the tragedies")
+    parser.add_argument("--tune-steps", type=int, default=90, help="fine-tuning steps on the sonnets")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/shakespeare"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,9 @@ def main():
     model = deepseek.DeepseekForCausalLM(CONFIG, rngs=nnx.Rngs(0), mesh=mesh)
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     print(f"A DeepSeek-V3-style model: {parameters / 1e6:.2f} M parameters, 8 routed experts and a shared one in 3 of")
-    print(f"4 layers, latent attention, experts spread over {mesh.size} devices. {len(tragedies):,} bytes to learn from.\n")
+    print(
+        f"4 layers, latent attention, experts spread over {mesh.size} devices. {len(tragedies):,} bytes to learn from.\n"
+    )
 
     bigram = bigram_loss(tragedies, tragedies_held_out)
     before = held_out_loss(model, tragedies_held_out)
@@ -83,9 +85,13 @@ def main():
     tuned.save_pretrained(options.out / "sonnets")
     print(f"\nLoss on sonnets it has not seen: {before_tuning:.3f} before fine-tuning, {after_tuning:.3f} after\n")
 
-    for name, writer, prompt in (("tragedies", model, "HAMLET.\n"), ("sonnets", tuned, "Shall I compare thee")):
-        text, speed = write(writer, prompt)
-        print(f"--- {name}, {speed:.0f} tokens/s\n{text}\n")
+    for name, writer, prompts in (
+        ("tragedies", model, ["HAMLET.\n", "Enter the King", "O, my"]),
+        ("sonnets", tuned, ["When I", "Thy love", "Shall I compare"]),
+    ):
+        texts, speed = write(writer, prompts)
+        print(f"=== after the {name}, {speed:.0f} tokens/s")
+        print("\n---\n".join(texts) + "\n")
 
     picture = options.out / "training.png"
     plot(picture, history, tuning, bigram, after, (before_tuning, after_tuning))
@@ -109,7 +115,7 @@ def bigram_loss(text: np.ndarray, held_out: np.ndarray) -> float:
 
 def held_out_loss(model, text: np.ndarray) -> float:
     rows = text[: len(text) // (CONTEXT + 1) * (CONTEXT + 1)].reshape(-1, CONTEXT + 1)
-    rows = rows[:: max(1, len(rows) // 256)][: 256 // BATCH * BATCH]  # at most 256 windows from all over the text
+    rows = rows[:: max(1, len(rows) // 256)][:256]  # at most 256 windows from all over the text
     batches = np.array_split(rows[: len(rows) // BATCH * BATCH], len(rows) // BATCH)
     return deepseek.evaluate(model, [{"input_ids": batch} for batch in batches])
 
@@ -134,14 +140,18 @@ def train(model, text: np.ndarray, steps: int, learning_rate: float, name: str) 
     return {key: np.stack([h[key] for h in history]) for key in ("loss", "expert_load")}
 
 
-def write(model, prompt: str, length: int = 300) -> tuple[str, float]:
-    ids = np.frombuffer(prompt.encode(), np.uint8).astype(np.int32)[None]
-    options = {"max_new_tokens": length, "temperature": 0.7, "top_p": 0.95, "seed": 1, "eos_token_id": ()}
-    deepseek.generate(model, ids, **options)  # compiles
+def write(model, prompts: list[str]) -> tuple[list[str], float]:
+    """Continues the prompts together, as far as the context reaches that the model has learnt."""
+    width = max(map(len, prompts))
+    ids = np.array([list(p.rjust(width).encode()) for p in prompts], np.int32)
+    mask = np.array([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    length = CONTEXT - width
+    options = {"max_new_tokens": length, "temperature": 0.6, "top_p": 0.95, "seed": 1, "eos_token_id": ()}
+    deepseek.generate(model, ids, attention_mask=mask, **options)  # compiles
     start = time.perf_counter()
-    tokens = deepseek.generate(model, ids, **options, progress=True)[0]
-    speed = length / (time.perf_counter() - start)
-    return prompt + bytes(tokens.astype(np.uint8)).decode("utf-8", "replace"), speed
+    rows = deepseek.generate(model, ids, attention_mask=mask, **options, progress=True)
+    speed = rows.size / (time.perf_counter() - start)
+    return [p + bytes(row.tolist()).decode("utf-8", "replace") for p, row in zip(prompts, rows, strict=True)], speed
 
 
 def plot(path, history, tuning, bigram, after, tuned):
