@@ -210,6 +210,7 @@ void assign_slots(const AssignSlotsParams& p, const Threads&) {
 
 void gather_rows(const GatherRowsParams& p, const Threads& threads) {
   int64_t row_bytes = p.hidden * p.element_size;
+  prefer_large_pages(p.out, p.rows * row_bytes);
   threads.for_each_chunk(p.rows, row_bytes, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       char* out = static_cast<char*>(p.out) + row * row_bytes;

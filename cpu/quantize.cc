@@ -111,6 +111,7 @@ void quantize(const QuantizeParams& p, const Threads& threads) {
 }
 
 void dequantize(const DequantizeParams& p, const Threads& threads) {
+  prefer_large_pages(p.x, p.batch * p.m * p.k * size_of(p.x_type));
   int64_t tasks = p.k == 0 ? 0 : p.batch * ((p.m + p.block_m - 1) / p.block_m);
   with_float_type(p.x_type, [&](auto type) {
     threads.for_each_chunk(tasks, p.block_m * p.k * 4, [&](int64_t begin, int64_t end) {

@@ -8,6 +8,7 @@
 #include <cpuid.h>
 #endif
 #ifdef __linux__
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -63,6 +64,15 @@ Level simd_level() {
 }
 
 const char* simd_level_name() { return kNames[static_cast<int>(simd_level())]; }
+
+void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
+#ifdef __linux__
+  constexpr uintptr_t kLargePage = 1 << 21;
+  uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kLargePage - 1) / kLargePage * kLargePage;
+  uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kLargePage * kLargePage;
+  if (end >= begin + 4 * kLargePage) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 void* scratch(size_t bytes, int slot) {
   thread_local Buffer buffers[4];

@@ -45,6 +45,10 @@ class Threads {
   int64_t count_;
 };
 
+// Asks for large pages under a result that is about to be written: a fresh buffer of many megabytes otherwise costs
+// more in page faults than in writing. Linux only; elsewhere, and for small buffers, it does nothing.
+void prefer_large_pages(void* data, size_t bytes);
+
 // A buffer of this thread, 64-byte aligned, valid until the thread's next call with the same slot; not cleared.
 // `slot` (0 to 3) separates buffers that one task needs at the same time.
 void* scratch(size_t bytes, int slot = 0);

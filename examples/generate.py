@@ -2,8 +2,8 @@
 
     python examples/generate.py out/shakespeare/tragedies "HAMLET." "My lord,"
 
-The experts and the prompts are spread over the devices. Text goes through the folder's tokenizer.json if it has one (and
-the package `tokenizers` is installed), byte by byte otherwise, as the demo's models want it.
+The experts and the prompts are spread over the devices. Text goes through the folder's tokenizer.json if it has one
+(and the package `tokenizers` is installed), byte by byte otherwise, as the demo's models want it.
 """
 
 import argparse

@@ -1,5 +1,5 @@
-"""For people with their own jax.jit model code: one mixture-of-experts layer from jaxkern's ops, its experts spread over
-four devices, with gradients, and the same layer on one device.
+"""For people with their own jax.jit model code: one mixture-of-experts layer from jaxkern's ops, its experts spread
+over four devices, with gradients, and the same layer on one device.
 
     python examples/layer.py
 """

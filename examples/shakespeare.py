@@ -62,7 +62,7 @@ def main():
     parameters = sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
     print(f"A DeepSeek-V3-style model: {parameters / 1e6:.2f} M parameters, 8 routed experts and a shared one in 3 of")
     print(
-        f"4 layers, latent attention, experts spread over {mesh.size} devices. {len(tragedies):,} bytes to learn from.\n"
+        f"4 layers, latent attention, experts spread over {mesh.size} devices; {len(tragedies):,} bytes to learn from\n"
     )
 
     bigram = bigram_loss(tragedies, tragedies_held_out)
