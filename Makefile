@@ -36,7 +36,7 @@ bench: install
 
 docs: install
 	$(PIP) --editable ".[docs]"
-	$(RUN) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 install: $(VENV)/installed
 

@@ -8,7 +8,8 @@
 namespace jaxkern {
 namespace {
 
-// Shared by the caller and its helpers; a helper that starts after the work is done finds none and touches nothing else.
+// Shared by the caller and its helpers; a helper that starts after the work is done finds none and touches nothing
+// else.
 struct Work {
   cpu::Threads::Task task;
   void* context;

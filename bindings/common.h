@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <utility>
 
 #include "cpu/threads.h"
 #include "cpu/types.h"
@@ -23,6 +24,30 @@ cpu::Threads threads_of(ffi::ThreadPool& pool);
 cpu::DType dtype_of(ffi::DataType type);
 
 inline int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+// What every handler is bound to: XLA's thread pool, operands, results. Attributes follow:
+//   signature(Operands<2>{}, Results<1>{}).Attr<int64_t>("top_k")
+template <int n>
+struct Operands {};
+template <int n>
+struct Results {};
+
+// A binding is never moved, only returned as it is made, so the last buffer ends the recursion.
+template <int operands, int results, typename Binding>
+auto add_buffers(Binding&& binding) {
+  if constexpr (operands > 0) {
+    return add_buffers<operands - 1, results>(std::move(binding).template Arg<Buffer>());
+  } else if constexpr (results > 1) {
+    return add_buffers<operands, results - 1>(std::move(binding).template Ret<Buffer>());
+  } else {
+    return std::move(binding).template Ret<Buffer>();
+  }
+}
+
+template <int operands, int results>
+auto signature(Operands<operands>, Results<results>) {
+  return add_buffers<operands, results>(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>());
+}
 
 // Checks of one call, remembering the first failure: "gemm: b must have shape [4,8], got [4,9]". Python has checked all
 // of this while tracing; an exported module or another caller of the target has not.

@@ -166,14 +166,7 @@ ffi::Error k_grouped_gemm(ffi::ThreadPool pool, Buffer a, Buffer b, Buffer group
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gemm_v1, gemm,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>()
+                              signature(Operands<5>{}, Results<1>{})
                                   .Attr<Block>("a_block")
                                   .Attr<Block>("b_block")
                                   .Attr<int64_t>("transpose_a")
@@ -182,29 +175,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gemm_v1, gemm,
                                   .Attr<std::string_view>("out_dtype"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_gemm_v1, grouped_gemm,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>()
+                              signature(Operands<5>{}, Results<1>{})
                                   .Attr<Block>("a_block")
                                   .Attr<Block>("b_block")
                                   .Attr<int64_t>("transpose_b")
                                   .Attr<int64_t>("group_alignment")
                                   .Attr<std::string_view>("out_dtype"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(k_grouped_gemm_v1, k_grouped_gemm,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Attr<int64_t>("group_alignment")
-                                  .Attr<int64_t>("accumulate"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    k_grouped_gemm_v1, k_grouped_gemm,
+    signature(Operands<4>{}, Results<1>{}).Attr<int64_t>("group_alignment").Attr<int64_t>("accumulate"));
 
 }  // namespace jaxkern

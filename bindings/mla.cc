@@ -57,14 +57,7 @@ ffi::Error mla_decode(ffi::ThreadPool pool, Buffer q, Buffer cache, Buffer block
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_decode_v1, mla_decode,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
+                              signature(Operands<4>{}, Results<2>{})
                                   .Attr<float>("softmax_scale")
                                   .Attr<int64_t>("latent_dim")
                                   .Attr<int64_t>("causal")

@@ -168,50 +168,24 @@ ffi::Error dot_rows(ffi::ThreadPool pool, Buffer rows, Buffer slots, Buffer x, R
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(route_v1, route,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>()
+                              signature(Operands<2>{}, Results<1>{})
                                   .Attr<int64_t>("num_groups")
                                   .Attr<int64_t>("topk_groups")
                                   .Attr<int64_t>("top_k"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(assign_slots_v1, assign_slots,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
+                              signature(Operands<1>{}, Results<4>{})
                                   .Attr<int64_t>("num_groups")
                                   .Attr<int64_t>("slabs")
                                   .Attr<int64_t>("alignment"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(gather_rows_v1, gather_rows,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Attr<int64_t>("top_k")
-                                  .Attr<int64_t>("weighted"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(sum_rows_v1, sum_rows,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Attr<int64_t>("num_keys")
-                                  .Attr<std::string_view>("out_dtype"));
+                              signature(Operands<3>{}, Results<1>{}).Attr<int64_t>("top_k").Attr<int64_t>("weighted"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    dot_rows_v1, dot_rows,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Buffer>().Arg<Buffer>().Arg<Buffer>().Ret<Buffer>());
+    sum_rows_v1, sum_rows,
+    signature(Operands<4>{}, Results<1>{}).Attr<int64_t>("num_keys").Attr<std::string_view>("out_dtype"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dot_rows_v1, dot_rows, signature(Operands<3>{}, Results<1>{}));
 
 }  // namespace jaxkern

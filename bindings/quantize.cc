@@ -69,20 +69,12 @@ ffi::Error dequantize(ffi::ThreadPool pool, Buffer values, Buffer scales, Result
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(quantize_v1, quantize,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>()
-                                  .Ret<Buffer>()
+                              signature(Operands<1>{}, Results<2>{})
                                   .Attr<ffi::Span<const int64_t>>("block_shape")
                                   .Attr<std::string_view>("scale_format"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dequantize_v1, dequantize,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Buffer>()
-                                  .Arg<Buffer>()
-                                  .Ret<Buffer>()
+                              signature(Operands<2>{}, Results<1>{})
                                   .Attr<ffi::Span<const int64_t>>("block_shape")
                                   .Attr<std::string_view>("dtype"));
 

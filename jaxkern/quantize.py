@@ -62,7 +62,7 @@ def quantize(
         formats "power_of_two" (stored as float32) and "ue8m0" (stored as float8_e8m0fnu); value = x / scale, rounded to
         the nearest e4m3, ties to even. A block that holds a NaN or an infinity becomes NaN, scale and all.
     Sharding: shard_map, along any axis that does not cut a block.
-    Gradient: none; the trainable FP8 layers have their own rule.
+    Gradient: none.
     Implementations: cpu, xla.
     Errors: TypeError for another dtype, ValueError for a rank below 2 or an unknown block shape or scale format.
     Source: DeepSeek-V3 report, section 3.3.2.

@@ -227,7 +227,7 @@ def test_same_bits_on_one_core(tmp_path):
         np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2"])
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
 def test_simd_levels_agree(tmp_path, level):
     got, expected = _results_in_another_process(tmp_path, JAXKERN_SIMD=level), results_of_all_cases()
     for case in CASES:

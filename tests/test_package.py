@@ -1,0 +1,88 @@
+"""What a newcomer meets first: the README, `python -m jaxkern`, and the examples."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+import jaxkern
+from benchmarks import report
+from jaxkern import _ffi
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def run(*args, **env):
+    env = {**os.environ, "XLA_FLAGS": "", **env}
+    done = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True, env=env, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_op_is_told_of():
+    out = run("-m", "jaxkern")
+    assert jaxkern.__version__ in out and _ffi.CPU.simd_level() in out
+    for name, op in _ffi.OPS.items():
+        row = re.search(rf"^{name} +(\w+) +(.*)$", out, re.M)
+        assert row[1] == ("cpu" if op.cpu else "xla")
+        assert "cuda, sim: this build has no CUDA kernels" in row[2]
+
+
+def test_readme():
+    readme = report.README.read_text()
+    assert report.summary() in readme
+    assert report.with_summary(readme) == readme, "python -m benchmarks.report brings the README's table up to date"
+    for link in re.findall(r"\]\(([^)#]+)\)", readme):
+        assert (ROOT / link).exists(), link
+    for name in re.findall(r"jaxkern\.(\w+)\(", readme):
+        assert hasattr(jaxkern, name), name
+
+
+def test_no_row_of_the_committed_results_is_slower_than_xla():
+    for path in (ROOT / "benchmarks/results").glob("*.json"):
+        for row in json.loads(path.read_text())["rows"]:
+            assert row["ratio"] > 0.97, f"{path.name}: {row['name']} {row['shape']}"
+
+
+def test_a_wrong_build_is_named_before_it_can_do_harm():
+    """The check comes before the registration, which would take JAX's CPU backend down."""
+    code = "from jaxkern import _ffi"
+    patch = "import re; import jax.ffi, pathlib, tempfile; d = pathlib.Path(tempfile.mkdtemp()); "
+    patch += "h = d / 'xla/ffi/api/c_api.h'; h.parent.mkdir(parents=True); "
+    patch += "h.write_text('#define XLA_FFI_API_MAJOR 0\\n#define XLA_FFI_API_MINOR 1\\n'); "
+    patch += "jax.ffi.include_dir = lambda: str(d)\n"
+    patch += f"try:\n  {code}\nexcept ImportError as e:\n  import jax; print(e, len(jax.devices()))"
+    out = run("-c", patch)
+    built = ".".join(map(str, _ffi.CPU.api_version()))
+    assert f"this build needs XLA FFI {built}, but JAX" in out and "offers 0.1. Upgrade JAX" in out
+    assert re.search(r"\d+$", out.strip())
+
+
+@pytest.mark.slow
+def test_example_layer():
+    out = run("examples/layer.py")
+    losses = re.findall(r"loss on .* (\d\.\d+)", out)
+    assert len(losses) == 2 and losses[0] == losses[1]
+    assert all(float(x) < 1e-5 for x in re.findall(r"differs by (\S+) of", out))
+
+
+@pytest.mark.slow
+def test_examples_finetune_and_generate(tmp_path):
+    run(
+        *("examples/finetune.py", "tests/golden/v3-tiny", "examples/data/sonnets.txt", tmp_path / "tuned"),
+        *("--steps", 2, "--batch", 4, "--context", 32, "--microbatches", 2, "--devices", 2),
+    )
+    out = run("examples/generate.py", tmp_path / "tuned", "Shall I", "When", "--tokens", 8, "--devices", 2)
+    assert "--- Shall I" in out and "--- When" in out
+
+
+@pytest.mark.slow
+def test_demo(tmp_path):
+    out = run("examples/shakespeare.py", "--steps", 6, "--tune-steps", 3, "--out", tmp_path)
+    assert "loaded back: the same loss, to the bit" in out
+    assert (tmp_path / "training.png").stat().st_size > 10_000
+    assert re.search(r"mla_decode +cpu", out) and re.search(r"grouped_gemm +cpu", out)
