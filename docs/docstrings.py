@@ -1,4 +1,4 @@
-"""Sets the labels of our docstrings (Shapes and dtypes, Units, ...) in paragraphs of their own."""
+"""Puts the labels of our docstrings (Shapes and dtypes, Units, ...) into paragraphs, and fields into a list."""
 
 import re
 
@@ -10,4 +10,5 @@ LABELS = "Shapes and dtypes|Units|Sharding|Gradient|Implementations|Errors|Sourc
 class Labels(griffe.Extension):
     def on_instance(self, *, obj, **_):
         if obj.docstring:
-            obj.docstring.value = re.sub(rf"(?m)^({LABELS}): ", r"\n**\1.** ", obj.docstring.value)
+            text = re.sub(r"(?m)^([a-z_]+(?:, [a-z_]+)*): ", r"\n- `\1`: ", obj.docstring.value)
+            obj.docstring.value = re.sub(rf"(?m)^({LABELS}): ", r"\n**\1.** ", text)
