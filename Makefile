@@ -46,6 +46,8 @@ $(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard cpu/* bindings/*)
 	  echo "jaxkern needs Python 3.11 or later as $(PYTHON); choose another with: make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
 	  echo "jaxkern needs Python's venv module (on Debian: apt-get install python3-venv)"; exit 1; }
+	@$(PYTHON) -c 'import os, sys, sysconfig; p = sysconfig.get_path("include") + "/Python.h"; sys.exit(not os.path.exists(p))' || { \
+	  echo "jaxkern needs the C headers of $(PYTHON) (on Debian: apt-get install python3-dev)"; exit 1; }
 	@command -v $(CXX) >/dev/null || { \
 	  echo "jaxkern needs a C++20 compiler as $(CXX) (on Debian: apt-get install g++); choose one with: make CXX=..."; exit 1; }
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)

@@ -97,7 +97,7 @@ def main():
     plot(picture, history, tuning, bigram, after, (before_tuning, after_tuning))
     print(f"Plot: {picture}\n\nWhat ran each op:")
     for op, implementations in jaxkern.implementations_used().items():
-        print(f"  {op:<14} {', '.join(implementations)}")
+        print(f"  {op:<22}{', '.join(implementations)}")
 
 
 def split(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:

@@ -21,7 +21,9 @@ def model():
 
 @pytest.mark.parametrize(
     "case, implementation, devices",
-    [(case, None, None) for case in CASES] + [("v3-tiny", "xla", None), ("v3-padded", None, 4)],
+    [(case, None, None) for case in CASES]
+    + [pytest.param(case, "xla", None, marks=pytest.mark.slow) for case in CASES]
+    + [("v3-padded", None, 4)],
 )
 def test_golden_tokens(case, implementation, devices):
     want = expected(case)

@@ -1,5 +1,7 @@
 """Training: one step is the same step on any mesh, in any number of parts, with or without remat."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -212,3 +214,11 @@ def test_errors():
         train(small_model(attention_dropout=0.1))
     with pytest.raises(ValueError, match="quantized=False"):
         train(deepseek.from_pretrained(GOLDEN / "v3-fp8"))
+
+
+def test_tokens_per_second():
+    start = time.perf_counter()
+    first, second, third = (m["tokens_per_second"] for m in train(small_model(), steps=3))
+    elapsed = time.perf_counter() - start
+    assert np.isnan(first)
+    assert 48 / second + 48 / third < elapsed

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import time
 from collections.abc import Callable, Iterable
 
 import jax
@@ -41,11 +42,12 @@ def make_train_step(
     Shapes and dtypes: batch["input_ids"] int [b, s + 1]; optional batch["attention_mask"], 0 and 1 of the same shape,
         the 1s next to each other; optional batch["loss_mask"] of the same shape, 1 for the tokens to learn to predict
         (default: all real ones). metrics: float32 arrays "loss", "balance_loss", "grad_norm", "max_violation",
-        "dropped", "tokens" [] and "expert_load" [MoE layers, experts].
+        "dropped", "tokens" [] and "expert_load" [MoE layers, experts], and the number "tokens_per_second".
     Units: the objective is loss + balance_loss. loss: mean cross-entropy of the next token, in float32, over all
         predicted tokens of the batch. balance_loss: balance_factor times the sum over layers and mean over sequences of
         sum_i f_i P_i (V3 report, equations 17 to 20). expert_load: tokens that chose each expert; max_violation: the
         largest, over layers, of max load / mean load - 1. dropped: assignments beyond `model.expert_capacity`.
+        tokens_per_second: the batch's b * s over the time since the step before it began; NaN for the first.
         microbatches: the batch goes through in so many parts, with the gradients of the whole. remat: each layer's
         activations are computed again in the backward pass. After the update each router's bias moves by
         bias_update_speed * sign(mean load - load); no gradient reaches it.
@@ -59,8 +61,10 @@ def make_train_step(
         raise ValueError(f"make_train_step: microbatches must be at least 1, got {microbatches}")
 
     in_flight = collections.deque(maxlen=8)  # XLA:CPU deadlocks collectives when more than 32 steps are
+    started = float("nan")
 
     def step(model, optimizer, batch):
+        nonlocal started
         _check_trainable(model)
         batch = _check_batch(model, batch, microbatches)
         _join_mesh(model.mesh, optimizer)
@@ -69,7 +73,9 @@ def make_train_step(
         factors = np.float32(balance_factor), np.float32(bias_update_speed)
         metrics = _update(microbatches, remat)(model, optimizer, batch, *factors)
         in_flight.append(metrics["loss"])
-        return metrics
+        now = time.perf_counter()
+        seconds, started = now - started, now
+        return metrics | {"tokens_per_second": batch[0].shape[0] * (batch[0].shape[1] - 1) / seconds}
 
     return step
 
