@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
-CXX ?= c++
+ifeq ($(origin CXX),default)
+CXX = c++
+endif
 
 .PHONY: demo test test-slow sanitize lint format bench docs install clean
 
@@ -17,7 +19,7 @@ test: lint
 test-slow: install
 	$(RUN) -m pytest -n 2 -m slow
 
-# The contract suite once more on kernels built with AddressSanitizer and UndefinedBehaviorSanitizer.
+# The kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, under the tests that reach their corners.
 sanitize: install
 	PYTHON=$(RUN) sh tests/sanitize.sh
 
@@ -48,7 +50,7 @@ $(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard cpu/* bindings/*)
 	  echo "jaxkern needs Python's venv module (on Debian: apt-get install python3-venv)"; exit 1; }
 	@$(PYTHON) -c 'import os, sys, sysconfig; p = sysconfig.get_path("include") + "/Python.h"; sys.exit(not os.path.exists(p))' || { \
 	  echo "jaxkern needs the C headers of $(PYTHON) (on Debian: apt-get install python3-dev)"; exit 1; }
-	@command -v $(CXX) >/dev/null || { \
+	@echo 'int main() {}' | $(CXX) -std=c++20 -fsyntax-only -x c++ - 2>/dev/null || { \
 	  echo "jaxkern needs a C++20 compiler as $(CXX) (on Debian: apt-get install g++); choose one with: make CXX=..."; exit 1; }
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing jaxkern and what it needs into $(VENV) (once; a few minutes)"

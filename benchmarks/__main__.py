@@ -1,20 +1,25 @@
-"""Runs every family's benchmark: `python -m benchmarks [--quick] [families ...]`."""
+"""Runs every family's benchmark: `python -m benchmarks [--quick] [--commit] [families ...]`."""
 
 import argparse
 import importlib
-import pkgutil
+import pathlib
 
 import jax
 
-import benchmarks
-from benchmarks import common
+from benchmarks import common, report
+
+FAMILIES = ["gemm", "mla", "moe", "quantize"]
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks")
 parser.add_argument("--quick", action="store_true", help="fewer shapes")
-parser.add_argument("families", nargs="*", help="which families; all of them by default")
+parser.add_argument("--commit", action="store_true", help="write to benchmarks/results, and the README's table anew")
+parser.add_argument("families", nargs="*", default=FAMILIES, help=f"which of {', '.join(FAMILIES)}; all by default")
 options = parser.parse_args()
 
-found = [module.name for module in pkgutil.iter_modules(benchmarks.__path__)]
-for family in options.families or [name for name in found if name not in ("common", "__main__")]:
-    module = importlib.import_module(f"benchmarks.{family}")
-    common.run(family, module.rows, options.quick, common.RESULTS / f"{family}.{jax.default_backend()}.json")
+folder = report.RESULTS if options.commit else pathlib.Path("out/bench")
+for family in options.families:
+    rows = importlib.import_module(f"benchmarks.{family}").rows
+    common.run(family, rows, options.quick, folder / f"{family}.{jax.default_backend()}.json")
+if options.commit:
+    report.README.write_text(report.with_summary(report.README.read_text()))
+print(f"Results: {folder}")

@@ -25,8 +25,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-RESULTS = pathlib.Path(__file__).parent / "results"
-
 
 @dataclasses.dataclass(frozen=True)
 class Row:

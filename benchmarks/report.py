@@ -1,5 +1,4 @@
-"""Markdown tables of the committed results, for the README and the manual: `python -m benchmarks.report` rewrites the
-README's."""
+"""Markdown tables of the committed results, for the README and the manual."""
 
 import json
 import pathlib
@@ -44,7 +43,3 @@ def with_summary(readme: str) -> str:
     return re.sub(
         r"(<!-- results -->\n).*?(\n<!-- end -->)", lambda m: m[1] + summary() + m[2], readme, flags=re.DOTALL
     )
-
-
-if __name__ == "__main__":
-    README.write_text(with_summary(README.read_text()))

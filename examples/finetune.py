@@ -8,6 +8,7 @@ generate.py.
 
 import argparse
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,8 @@ def main():
             metrics = step(model, optimizer, {"input_ids": rows})
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", dropped=int(metrics["dropped"]))
     model.save_pretrained(options.out)
+    for file in [*options.checkpoint.glob("tokenizer*"), *options.checkpoint.glob("generation_config.json")]:
+        shutil.copy(file, options.out)
     print(f"Wrote {options.out}")
 
 

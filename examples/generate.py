@@ -56,6 +56,8 @@ def text_codec(folder: pathlib.Path):
 
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         return lambda text: tokenizer.encode(text).ids, tokenizer.decode
+    if (vocab := deepseek.Config.from_hf(folder).vocab_size) > 256:
+        raise SystemExit(f"{folder} has no tokenizer.json, and a vocabulary of {vocab}, which is more than bytes")
     return lambda text: list(text.encode()), lambda ids: bytes(ids).decode("utf-8", "replace")
 
 

@@ -23,19 +23,31 @@ def main():
 
 def print_table():
     """For every op the implementation that runs on the default device, and why the others do not."""
-    width = max(map(len, _ffi.OPS)) + 2
+    names = {name: f"{name} ({op.part_of})" if op.part_of else name for name, op in _ffi.OPS.items()}
+    width = max(map(len, names.values())) + 2
     print(f"{'op':<{width}}{'here':<6}why not the others")
     for name, op in sorted(_ffi.OPS.items()):
         chosen = implementation_here(op)
         reasons = collections.defaultdict(list)
         for other in _ffi.IMPLEMENTATIONS:
             if other != chosen:
-                reasons[_ffi.why_not(op, other) or f"slower here; implementation={other!r} runs it"].append(other)
-        print(f"{name:<{width}}{chosen:<6}" + "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items()))
+                reasons[_ffi.why_not(op, other) or why_not_here(other)].append(other)
+        told = "; ".join(f"{', '.join(others)}: {why}" for why, others in reasons.items())
+        print(f"{names[name]:<{width}}{chosen:<6}{told}")
 
 
 def implementation_here(op: _ffi.Op) -> str:
-    return "cpu" if jax.default_backend() == "cpu" and op.cpu is not None else "xla"
+    try:
+        asked = _ffi.resolve(op, None)
+    except NotImplementedError:
+        return "none"
+    return asked or ("cpu" if jax.default_backend() == "cpu" else "xla")
+
+
+def why_not_here(implementation: str) -> str:
+    if implementation == "cpu" and jax.default_backend() != "cpu":
+        return "runs on CPU devices only"
+    return f"not the choice here; implementation={implementation!r} runs it"
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ class Op:
     name: the op's name; its CPU target is `jaxkern.<name>.v<cpu>`.
     results: (*avals, **params) -> [(shape, dtype), ...].
     reference: (*arrays, **params) -> (array, ...), in plain JAX.
+    part_of: the public functions that run this op, where it is none itself.
     cpu: version of the CPU target; None where the reference is the only implementation, which `why` then explains.
     sizes: parameters that are sizes of results. They may be symbolic, so the target reads them off its buffers instead.
     batch: (size, arrays, is_batched, **params) -> (arrays, params, unbatch): how to fold a leading axis of `size` into
@@ -40,6 +41,7 @@ class Op:
     name: str
     results: Callable
     reference: Callable
+    part_of: str = ""
     cpu: int | None = 1
     why: str = ""
     sizes: tuple[str, ...] = ()

@@ -246,13 +246,17 @@ def _fold_gemm(size, arrays, is_batched, *, transpose_a, **params):
         return x if batched else jnp.broadcast_to(x, (size, *x.shape))
 
     def stack(x, batched, present):
-        return broadcast(x, batched).reshape(-1, *x.shape[-2:]) if present else x[0] if batched else x
+        if not present:
+            return x[0] if batched else x
+        x = broadcast(x, batched)
+        return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
     has_a_scales, has_b_scales = params["a_block"] != UNSCALED, params["b_block"] != UNSCALED
     if shares_b and not transpose_a and a.shape[-3] == 1:
 
         def to_rows(x, batched, present):
-            return stack(x, batched, present).reshape(1, -1, x.shape[-1]) if present else x[0] if batched else x
+            x = stack(x, batched, present)
+            return x.reshape(1, x.shape[0] * x.shape[1], x.shape[2]) if present else x
 
         m = a.shape[-2]
         folded = [

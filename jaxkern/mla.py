@@ -157,26 +157,25 @@ def _fold_batch(size, arrays, is_batched, **params):
         first = p * jnp.arange(size, dtype=jnp.int32)[:, None, None]
         many[2] = jnp.where((many[2] >= 0) & (many[2] < p), many[2] + first, -1)
         cache = cache.reshape(size * p, *cache.shape[2:])
-    q, block_table, seq_lens = (x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]) for x in (many[0], many[2], many[3]))
-    return (
-        [q, cache, block_table, seq_lens],
-        params,
-        lambda i, r: r.reshape(size, r.shape[0] // size, *r.shape[1:]),
-    )
+    inner = many[0].shape[1]
+    q, block_table, seq_lens = (x.reshape(size * inner, *x.shape[2:]) for x in (many[0], many[2], many[3]))
+    return [q, cache, block_table, seq_lens], params, lambda i, r: r.reshape(size, inner, *r.shape[1:])
 
 
 MLA_DECODE = _ffi.Op("mla_decode", _decode_results, reference.mla_decode, batch=_fold_batch)
+_NO_KERNEL = "no kernel in this version; the blockwise reference runs everywhere"
 MLA_PREFILL = _ffi.Op(
     "mla_prefill",
     lambda q, k, v, *segments, **_: [((*q.shape[:3], v.shape[3]), q.dtype), (q.shape[:3], jnp.float32)],
     reference.mla_prefill,
     cpu=None,
-    why="on a CPU XLA's own matrix products are as fast",
+    why=_NO_KERNEL,
 )
 MLA_PREFILL_BACKWARD = _ffi.Op(
     "mla_prefill_backward",
     lambda q, k, v, *rest, **_: [(x.shape, x.dtype) for x in (q, k, v)],
     reference.mla_prefill_backward,
+    part_of="mla_prefill",
     cpu=None,
-    why="on a CPU XLA's own matrix products are as fast",
+    why=_NO_KERNEL,
 )

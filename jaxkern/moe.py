@@ -306,6 +306,7 @@ ASSIGN_SLOTS = _ffi.Op(
         ((num_groups,), jnp.int32),
     ],
     reference.assign_slots,
+    part_of="dispatch",
     sizes=("rows",),
 )
 
@@ -315,6 +316,7 @@ GATHER_ROWS = _ffi.Op(
     "gather_rows",
     lambda x, source, weights, **_: [((source.shape[0], x.shape[1]), x.dtype)],
     reference.gather_rows,
+    part_of="dispatch, combine",
 )
 
 # rows [c, h], slots and keys int32 [t, k], weights float32 [t, k] -> [t, h].
@@ -322,6 +324,7 @@ SUM_ROWS = _ffi.Op(
     "sum_rows",
     lambda rows, slots, keys, weights, *, out_dtype, **_: [((slots.shape[0], rows.shape[1]), out_dtype)],
     reference.sum_rows,
+    part_of="dispatch, combine",
 )
 
 # rows [c, h], slots int32 [t, k], x [t, h] -> float32 [t, k]: the dot product of x[t] with rows[slots[t, j]].
@@ -329,4 +332,5 @@ DOT_ROWS = _ffi.Op(
     "dot_rows",
     lambda rows, slots, x: [(slots.shape, jnp.float32)],
     reference.dot_rows,
+    part_of="combine",
 )

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds the kernels with AddressSanitizer and UndefinedBehaviorSanitizer and runs on them every op of the contract suite,
-# at every SIMD level, and the tests of bad data and odd sizes.
+# forward and backward and at every SIMD level, and the tests of bad data and odd sizes.
 # PYTHON is a Python that has jaxkern's dependencies; the sanitized build goes into an environment beside it.
 set -eu
 cd "$(dirname "$0")/.."
@@ -21,4 +21,4 @@ LD_PRELOAD="$asan:$ubsan" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stackt
   PYTHONSAFEPATH=1 $venv/bin/python -m pytest -n 2 -p no:cacheprovider tests/test_contract.py tests/test_quantize.py \
   tests/test_gemm.py tests/test_mla.py tests/test_moe.py -k "matches_reference or simd_levels_agree or any_shape or \
   zero_sizes or test_grouped_gemm or test_k_grouped_gemm or masks_pages or clamps or without_keys or stable_sort or \
-  select_nothing or bad_logits"
+  select_nothing or bad_logits or gradient_is_that or closed_form or frozen_fp8 or grouped_gradients"

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from deepseek_tools import GOLDEN, SMALL, mesh, raw_tensors, small_model, tokens
+from deepseek_tools import GOLDEN, SMALL, expected, mesh, raw_tensors, small_model, tokens
 from flax import nnx
 from jax.sharding import AxisType
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+import jaxkern
 from jaxkern.models import deepseek
 
 CASES = ["v3-tiny", "v3-latent512", "v3-padded", "v3-fp8", "v3-mtp"]
@@ -182,3 +183,34 @@ def test_what_is_no_checkpoint(tmp_path):
         deepseek.from_pretrained(GOLDEN / "v3-tiny", mesh=mesh(5))
     with pytest.raises(ValueError, match="max_shard_bytes"):
         small_model().save_pretrained(tmp_path, max_shard_bytes=0)
+
+
+def test_further_layers_are_dequantised_with_the_model(tmp_path):
+    """An FP8 checkpoint with a multi-token-prediction layer, as the release is: no FP8 is left in the copy."""
+    model = deepseek.from_pretrained(GOLDEN / "v3-fp8")
+    weight = np.random.default_rng(0).standard_normal((130, 200)).astype(np.float32)
+    scaled = jaxkern.quantize(weight, (128, 128))
+    extra = f"model.layers.{model.config.num_hidden_layers}.eh_proj.weight"
+    model.checkpoint.tensors |= {extra: np.asarray(scaled.values), f"{extra}_scale_inv": np.asarray(scaled.scales)}
+    model.save_pretrained(tmp_path / "fp8")
+    config = json.loads((tmp_path / "fp8/config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (tmp_path / "fp8/config.json").write_text(json.dumps(config))
+    kept = deepseek.from_pretrained(tmp_path / "fp8").checkpoint.tensors
+    assert kept[extra].dtype == scaled.values.dtype and f"{extra}_scale_inv" in kept
+    plain = deepseek.from_pretrained(tmp_path / "fp8", quantized=False, dtype=jnp.float32)
+    assert set(plain.checkpoint.tensors) == {extra}
+    np.testing.assert_array_equal(plain.checkpoint.tensors[extra], jaxkern.dequantize(scaled))
+    plain.save_pretrained(tmp_path / "plain")
+    assert deepseek.from_pretrained(tmp_path / "plain").checkpoint.tensors[extra].dtype == np.float32
+
+
+@pytest.mark.slow
+def test_fp8_weights_under_bfloat16_activations():
+    """How the release is run: close to float32, and it generates."""
+    model = deepseek.from_pretrained(GOLDEN / "v3-fp8", dtype=jnp.bfloat16)
+    want = expected("v3-fp8")
+    logits = np.asarray(model(want["input_ids"]))
+    assert logits.dtype == np.float32
+    assert np.abs(logits - want["logits"]).mean() < 0.2 * want["logits"].std()
+    tokens = deepseek.generate(model, want["input_ids"], max_new_tokens=4)
+    assert tokens.shape == (want["input_ids"].shape[0], 4)

@@ -61,6 +61,8 @@ def test_factor_from_lengths():
         ("index_topk", 2048),
         ("mlp_bias", True),
         ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("rope_scaling", {"factor": 2.0}),
+        ("rope_parameters", {"rope_type": "yarn", "factor": 2.0}),
         ("rope_scaling", SMALL["rope_scaling"] | {"low_freq_factor": 1.0}),
         ("quantization_config", {"quant_method": "awq"}),
         ("quantization_config", {"quant_method": "fp8", "weight_block_size": [64, 64]}),

@@ -23,11 +23,11 @@ def model():
     "case, implementation, devices",
     [(case, None, None) for case in CASES]
     + [pytest.param(case, "xla", None, marks=pytest.mark.slow) for case in CASES]
-    + [("v3-padded", None, 4)],
+    + [("v3-padded", None, 4), ("v3-fp8", None, 4), ("v3-tiny", None, 1)],
 )
 def test_golden_tokens(case, implementation, devices):
     want = expected(case)
-    on = devices and mesh(devices, AxisType.Explicit, (2, 2), ("hosts", "devices"))
+    on = {None: None, 1: mesh(1), 4: mesh(4, AxisType.Explicit, (2, 2), ("hosts", "devices"))}[devices]
     model = deepseek.from_pretrained(GOLDEN / case, dtype=jnp.float32, mesh=on)
     model.implementation = implementation
     mask = want["attention_mask"]

@@ -206,7 +206,7 @@ def test_errors():
         train(model, batch=BATCH | {"labels": BATCH["input_ids"]})
     with pytest.raises(ValueError, match=r"input_ids must be \[b, s \+ 1\]"):
         train(model, batch={"input_ids": tokens(2, 1)})
-    with pytest.raises(ValueError, match="loss_mask must be"):
+    with pytest.raises(ValueError, match="loss_mask must have input_ids's shape"):
         train(model, batch=BATCH | {"loss_mask": np.ones((4, 2), np.int32)})
     with pytest.raises(ValueError, match="no token to predict"):
         deepseek.evaluate(model, [])
@@ -222,3 +222,23 @@ def test_tokens_per_second():
     elapsed = time.perf_counter() - start
     assert np.isnan(first)
     assert 48 / second + 48 / third < elapsed
+
+
+def test_each_model_keeps_its_own_further_layers(tmp_path):
+    """Two models of one structure through one compiled step: each is saved with the tensors it was loaded with."""
+    first = deepseek.from_pretrained(GOLDEN / "v3-mtp", dtype=jnp.float32)
+    name = next(name for name in first.checkpoint.tensors if name.endswith("eh_proj.weight"))
+    first.checkpoint.tensors[name] = first.checkpoint.tensors[name] + 1
+    second = deepseek.from_pretrained(GOLDEN / "v3-mtp", dtype=jnp.float32)
+    kept = [model.checkpoint.tensors[name] for model in (first, second)]
+    assert not np.array_equal(*kept)
+    for model, tensor in zip((first, second), kept, strict=True):
+        train(model, batch={"input_ids": tokens(2, 9)}, tx=SGD)
+        model.save_pretrained(tmp_path)
+        loaded = deepseek.from_pretrained(tmp_path)
+        np.testing.assert_array_equal(loaded.checkpoint.tensors[name], tensor)
+
+
+def test_a_loss_mask_holds_zeros_and_ones():
+    with pytest.raises(ValueError, match="batch: loss_mask must hold 0 and 1"):
+        train(small_model(), batch=BATCH | {"loss_mask": np.full((4, 13), 2)})

@@ -63,7 +63,7 @@ def from_pretrained(path, *, mesh=None, dtype=None, quantized: bool = True) -> D
     arrays = [_load(files, slot, mesh, dtype, activations) for slot in _slots(state)]
     model = nnx.merge(graph, jax.tree.structure(state).unflatten(arrays))
     model.mesh, model.dtype = mesh, activations
-    model.checkpoint = Extras({name: files.read(name) for name in extras})
+    model.checkpoint = Extras(_read_extras(files, extras, activations if not quantized else None))
     return model
 
 
@@ -72,7 +72,8 @@ def save_pretrained(model: DeepseekForCausalLM, path, *, max_shard_bytes: int = 
 
     Shapes and dtypes: parameters as they are in the model. What was loaded and not changed is written back identical:
         names, bits, dtypes and config.json.
-    Units: max_shard_bytes of tensors go into one file; a tensor is never cut. One file has no index.
+    Units: max_shard_bytes of tensors go into one file; a tensor is never cut. One file has no index. The folder's
+        earlier config.json, model.safetensors, model-*-of-*.safetensors and their index are replaced.
     Sharding: any. Every process must call it; the first writes.
     Errors: ValueError for a max_shard_bytes that is not positive.
     """
@@ -173,6 +174,24 @@ def _and_more(names: list[str]) -> str:
     return f", and {len(names) - 1} more" if len(names) > 1 else ""
 
 
+def _read_extras(files: "Files", names: list[str], dtype) -> dict[str, np.ndarray]:
+    """The tensors of further layers as they are; with a dtype, FP8 ones dequantised to it as the model's are."""
+    if dtype is None:
+        return {name: files.read(name) for name in names}
+    scales = {name for name in names if name.endswith("_scale_inv")}
+    return {
+        name: _dequantize(files, name, dtype) if f"{name}_scale_inv" in scales else files.read(name)
+        for name in names
+        if name not in scales
+    }
+
+
+def _dequantize(files: "Files", name: str, dtype) -> np.ndarray:
+    scaled = jaxkern.ScaledArray(files.read(name), files.read(f"{name}_scale_inv"), WEIGHT_BLOCK)
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        return np.asarray(jaxkern.dequantize(scaled, dtype))
+
+
 def _load(files: "Files", slot: Slot, mesh, dtype, activations) -> jax.Array:
     def read(name):
         x = files.read(name)
@@ -181,9 +200,7 @@ def _load(files: "Files", slot: Slot, mesh, dtype, activations) -> jax.Array:
         if slot.kind is not nnx.Param:
             return x
         if x.dtype == FP8:
-            scaled = jaxkern.ScaledArray(x, files.read(f"{name}_scale_inv"), WEIGHT_BLOCK)
-            with jax.default_device(jax.local_devices(backend="cpu")[0]):
-                return np.asarray(jaxkern.dequantize(scaled, activations))
+            return _dequantize(files, name, activations)
         return x.astype(dtype or x.dtype)
 
     if mesh is None:

@@ -223,8 +223,10 @@ def _rope(source: dict[str, Any], max_position_embeddings: int) -> Rope:
     """`rope_theta` and `rope_scaling` of DeepSeek's releases, or `rope_parameters` of transformers 5."""
     place = "rope_parameters" if source.get("rope_parameters") else "rope_scaling"
     given = dict(source.get(place) or {})
+    if place == "rope_parameters" and source.get("rope_scaling"):
+        raise ValueError("config.json: rope_parameters and rope_scaling exclude each other")
     if source.get("rope_theta") is not None:
-        given.setdefault("rope_theta", source["rope_theta"])
+        _agree(source, "rope_theta", given.setdefault("rope_theta", source["rope_theta"]))
     kinds = {given.pop(key) for key in ("type", "rope_type") if key in given} or {"default"}
     if len(kinds) != 1 or not kinds <= {"default", "yarn"}:
         raise ValueError(f"config.json: {place}: rope_type must be 'default' or 'yarn', got {sorted(kinds)}")
@@ -233,6 +235,8 @@ def _rope(source: dict[str, Any], max_position_embeddings: int) -> Rope:
     if unknown := sorted(set(given) - set(_ROPE_KEYS)):
         raise ValueError(f"config.json: {place}: unknown keys, which may change the output: {', '.join(unknown)}")
     if kinds == {"default"}:
+        if ignored := sorted(set(given) - {"rope_theta"}):
+            raise ValueError(f"config.json: {place}: rope_type 'default' has no {', '.join(ignored)}")
         return Rope(theta=float(given.get("rope_theta", Rope.theta)))
     if given.get("original_max_position_embeddings") is None:
         given["original_max_position_embeddings"] = max_position_embeddings

@@ -100,17 +100,11 @@ class DeepseekForCausalLM(nnx.Module):
 class Extras:
     """What a checkpoint holds besides the model, to be written back: `tensors` by name, in host memory.
 
-    Equal to every other one, so that models that differ only here share their compiled programs.
+    Static in the model's graph and equal to itself only, so that no compiled function hands it to another model.
     """
 
     def __init__(self, tensors: dict[str, np.ndarray] | None = None):
         self.tensors = tensors or {}
-
-    def __eq__(self, other):
-        return isinstance(other, Extras)
-
-    def __hash__(self):
-        return hash(Extras)
 
 
 # Layers. Each takes its input and a `Run`, which says how to compute.
@@ -669,22 +663,18 @@ def roll_rows(x, starts):
 def check_inputs(config: Config, input_ids, attention_mask):
     """-> int32 ids [b, s] and an int32 mask or None, or an error. Values are checked where they are known."""
     where = "DeepseekForCausalLM"
-    input_ids = as_integers(f"{where}: input_ids", input_ids)
+    input_ids = integers(f"{where}: input_ids", input_ids)
     if input_ids.ndim != 2 or not input_ids.size:
         raise ValueError(f"{where}: input_ids must be [b, s] with b, s >= 1, got {list(input_ids.shape)}")
     if (ids := known(input_ids)) is not None:
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= config.vocab_size:
             raise ValueError(f"{where}: input_ids must be in 0..{config.vocab_size - 1}, got {low}..{high}")
+    input_ids = input_ids.astype(jnp.int32)
     if attention_mask is None:
         return input_ids, None
-    attention_mask = as_integers(f"{where}: attention_mask", attention_mask)
-    if attention_mask.shape != input_ids.shape:
-        shapes = f"{list(input_ids.shape)}, got {list(attention_mask.shape)}"
-        raise ValueError(f"{where}: attention_mask must have input_ids's shape {shapes}")
+    attention_mask = check_mask(f"{where}: attention_mask", attention_mask, input_ids.shape)
     if (mask := known(attention_mask)) is not None:
-        if ((mask != 0) & (mask != 1)).any():
-            raise ValueError(f"{where}: attention_mask must hold 0 and 1")
         starts = (np.diff(mask, axis=1, prepend=0) == 1).sum(1)
         if (starts > 1).any():
             row = int(np.argmax(starts > 1))
@@ -692,11 +682,21 @@ def check_inputs(config: Config, input_ids, attention_mask):
     return input_ids, attention_mask
 
 
-def as_integers(name: str, x):
+def check_mask(name: str, x, shape):
+    """-> int32 zeros and ones of `shape`, or an error."""
+    x = integers(name, x)
+    if x.shape != shape:
+        raise ValueError(f"{name} must have input_ids's shape {list(shape)}, got {list(x.shape)}")
+    if (values := known(x)) is not None and ((values != 0) & (values != 1)).any():
+        raise ValueError(f"{name} must hold 0 and 1")
+    return x.astype(jnp.int32)
+
+
+def integers(name: str, x):
     x = x if isinstance(x, jax.Array) else np.asarray(x)
     if not (jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool):
         raise TypeError(f"{name} must be integers, got {x.dtype}")
-    return x.astype(jnp.int32)
+    return x
 
 
 def fetch(x: jax.Array) -> np.ndarray:

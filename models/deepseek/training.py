@@ -20,6 +20,7 @@ from jaxkern.models.deepseek.model import (
     QuantizedWeight,
     bounds,
     check_inputs,
+    check_mask,
     head,
     is_spread,
     roll_rows,
@@ -259,7 +260,5 @@ def _check_batch(model, batch: dict, microbatches: int) -> tuple:
     ones = np.ones(input_ids.shape, np.int32)
     attention_mask = ones if attention_mask is None else attention_mask
     loss_mask = batch.get("loss_mask")
-    loss_mask = ones if loss_mask is None else jnp.asarray(loss_mask).astype(jnp.int32)
-    if loss_mask.shape != input_ids.shape:
-        raise ValueError(f"batch: loss_mask must be {list(input_ids.shape)}, got {list(loss_mask.shape)}")
+    loss_mask = ones if loss_mask is None else check_mask("batch: loss_mask", loss_mask, input_ids.shape)
     return input_ids, attention_mask, loss_mask
