@@ -35,7 +35,7 @@ struct Work {
 // More threads than cores only take turns: XLA's pool has one for each device.
 int64_t threads_in(const ffi::ThreadPool& pool) {
   static const int64_t cores = std::max(1u, std::thread::hardware_concurrency());
-  return std::min(pool.num_threads(), cores);
+  return std::clamp<int64_t>(pool.num_threads(), 1, cores);
 }
 
 void run_on_pool(void* pool_pointer, int64_t tasks, cpu::Threads::Task task, void* context) {

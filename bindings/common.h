@@ -23,6 +23,9 @@ cpu::Threads threads_of(ffi::ThreadPool& pool);
 // The kernels' name of a dtype. Only for dtypes that a Check let pass.
 cpu::DType dtype_of(ffi::DataType type);
 
+// A size that comes as an attribute, so that sums and products of a few of them fit int64.
+inline bool is_size(int64_t size) { return 0 < size && size <= INT32_MAX; }
+
 inline int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
 // What every handler is bound to: XLA's thread pool, operands, results. Attributes follow:

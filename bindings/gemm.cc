@@ -38,9 +38,10 @@ cpu::Operand operand(Check& check, const char* name, const Buffer& x, const Buff
   return o;
 }
 
-// Rows of a may start anywhere, so their scales must be their own, and along k.
-void check_a(Check& check, const cpu::Operand& a) {
+// Rows of a may start anywhere, so their scales must be their own, and along k. Nobody scales a and not b.
+void check_scales(Check& check, const cpu::Operand& a, const cpu::Operand& b) {
   check.that(!a.scales || (a.block_rows == 1 && !a.transposed), "the blocks of a must be (1, 128), along k");
+  check.that(!a.scales || b.scales || b.type == cpu::DType::e4m3, "a has scales and b has none");
 }
 
 int64_t scales_in(const Buffer& scales) { return scales.dimensions()[1] * scales.dimensions()[2]; }
@@ -56,7 +57,7 @@ ffi::Error gemm(ffi::ThreadPool pool, Buffer a, Buffer a_scales, Buffer b, Buffe
   auto a_dims = a.dimensions(), b_dims = b.dimensions();
   int64_t batch = a_dims[0], m = a_dims[transpose_a ? 2 : 1], k = a_dims[transpose_a ? 1 : 2];
   int64_t n = b_dims[transpose_b ? 2 : 1];
-  check_a(check, a_operand);
+  check_scales(check, a_operand, b_operand);
   check.that(b_dims[0] == 1 || b_dims[0] == batch, "b must have a's batch or one matrix");
   check.that(b_dims[transpose_b ? 1 : 2] == k, "a and b must have the same k");
   check.shape("out", *out, {batch, m, n});
@@ -94,10 +95,10 @@ ffi::Error grouped_gemm(ffi::ThreadPool pool, Buffer a, Buffer a_scales, Buffer 
   if (check.failed()) return check.error();
   auto a_dims = a.dimensions(), b_dims = b.dimensions();
   int64_t m = a_dims[1], k = a_dims[2], groups = b_dims[0], n = b_dims[transpose_b ? 2 : 1];
-  check_a(check, a_operand);
+  check_scales(check, a_operand, b_operand);
   check.that(a_dims[0] == 1, "a must have one matrix");
   check.that(b_dims[transpose_b ? 1 : 2] == k, "a and b must have the same k");
-  check.that(group_alignment > 0, "group_alignment must be positive");
+  check.that(is_size(group_alignment), "group_alignment must be a positive int32");
   check.shape("group_sizes", group_sizes, {groups});
   check.dtype("group_sizes", group_sizes, {S32});
   check.shape("out", *out, {m, n});
@@ -132,7 +133,7 @@ ffi::Error k_grouped_gemm(ffi::ThreadPool pool, Buffer a, Buffer b, Buffer group
   check.dtype("b", b, {F32, BF16});
   check.dtype("group_sizes", group_sizes, {S32});
   check.that(b.dimensions()[0] == t, "a and b must have the same t");
-  check.that(group_alignment > 0, "group_alignment must be positive");
+  check.that(is_size(group_alignment), "group_alignment must be a positive int32");
   check.shape("out", *out, {groups, m, n});
   check.dtype("out", *out, {F32});
   if (accumulate) {

@@ -17,7 +17,7 @@ ffi::Error mla_decode(ffi::ThreadPool pool, Buffer q, Buffer cache, Buffer block
   int64_t batch = q.dimensions()[0], queries = q.dimensions()[1], heads = q.dimensions()[2], width = q.dimensions()[3];
   int64_t pages = cache.dimensions()[0], page = cache.dimensions()[1], table_pages = block_table.dimensions()[1];
   check.that(latent_dim > 0 && latent_dim <= width, "latent_dim must be from 1 to q's last size");
-  check.that(num_splits >= 0, "num_splits must not be negative");
+  check.that(0 <= num_splits && num_splits <= 1024, "num_splits must be in 0..1024");
   check.dtype("q", q, {F32, BF16});
   check.shape("cache", cache, {pages, page, width});
   check.dtype("cache", cache, {F32, BF16});

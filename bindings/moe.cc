@@ -52,7 +52,8 @@ ffi::Error assign_slots(ffi::ThreadPool pool, Buffer ids, Result slots, Result s
   check.shape("sizes", *sizes, {num_groups});
   check.shape("dropped", *dropped, {num_groups});
   for (Result result : {slots, source, sizes, dropped}) check.dtype("a result", *result, {S32});
-  check.that(num_groups > 0 && alignment > 0, "num_groups and alignment must be positive");
+  check.that(is_size(num_groups) && is_size(alignment), "num_groups and alignment must be positive int32");
+  check.that(rows <= INT32_MAX && tokens * top_k <= INT32_MAX, "rows and assignments must fit int32");
   if (check.failed()) return check.error();
 
   cpu::assign_slots({.ids = data<const int32_t>(ids),
@@ -79,7 +80,8 @@ ffi::Error gather_rows(ffi::ThreadPool pool, Buffer x, Buffer source, Buffer wei
   check.dtype("source", source, {S32});
   check.shape("out", *out, {rows, hidden});
   check.dtype("out", *out, {x.element_type()});
-  check.that(top_k > 0, "top_k must be positive");
+  check.that(is_size(top_k), "top_k must be a positive int32");
+  check.dtype("x", x, {F32, BF16, F16, S32});
   if (weighted) {
     check.dtype("x", x, {F32, BF16});
     check.dtype("weights", weights, {F32});

@@ -13,7 +13,8 @@ ffi::Error quantize(ffi::ThreadPool pool, Buffer x, Result values, Result scales
                     std::string_view scale_format) {
   Check check("quantize");
   check.rank("x", x, 3);
-  check.that(block_shape.size() == 2 && block_shape[0] > 0 && block_shape[1] > 0, "block_shape must be two sizes");
+  check.that(block_shape.size() == 2 && is_size(block_shape[0]) && is_size(block_shape[1]),
+             "block_shape must be two sizes");
   if (check.failed()) return check.error();
   int64_t batch = x.dimensions()[0], m = x.dimensions()[1], k = x.dimensions()[2];
   check.dtype("x", x, {F32, BF16, F16});
@@ -42,7 +43,8 @@ ffi::Error dequantize(ffi::ThreadPool pool, Buffer values, Buffer scales, Result
                       ffi::Span<const int64_t> block_shape, std::string_view) {
   Check check("dequantize");
   check.rank("values", values, 3);
-  check.that(block_shape.size() == 2 && block_shape[0] > 0 && block_shape[1] > 0, "block_shape must be two sizes");
+  check.that(block_shape.size() == 2 && is_size(block_shape[0]) && is_size(block_shape[1]),
+             "block_shape must be two sizes");
   if (check.failed()) return check.error();
   int64_t batch = values.dimensions()[0], m = values.dimensions()[1], k = values.dimensions()[2];
   check.dtype("values", values, {F8E4M3FN});

@@ -62,7 +62,9 @@ JAXKERN_INLINE float scale_at(const Operand& o, int64_t row, int64_t column) {
 // them if one is NaN, which is what a product over k makes of them in any case.
 JAXKERN_INLINE float fast_scale(const Operand& o, int64_t row, int64_t column, int64_t n) {
   const e4m3* x = static_cast<const e4m3*>(o.data) + row * o.stride + column;
-  return any_nan(x, n) ? __builtin_nanf("") : scale_at(o, row, column) * kFastUnit;
+  if (any_nan(x, n)) return __builtin_nanf("");
+  float scale = scale_at(o, row, column), fast = scale * kFastUnit;
+  return fast > __FLT_MAX__ && scale <= __FLT_MAX__ ? __FLT_MAX__ : fast;  // the scale of a block near float32's end
 }
 
 template <typename T>

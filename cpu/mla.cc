@@ -66,16 +66,6 @@ void with_type(DType type, F f) {
   type == DType::f32 ? f(float{}) : f(bf16{});
 }
 
-template <typename T>
-JAXKERN_INLINE f32v load_lanes(const T* p, int64_t lanes) {
-  return lanes >= kLanes ? load(p) : load_first(p, lanes);
-}
-
-template <typename T>
-JAXKERN_INLINE void store_lanes(T* p, f32v x, int64_t lanes) {
-  lanes >= kLanes ? store(p, x) : store_first(p, x, lanes);
-}
-
 // queries [row][width] -> panels of rows [panel][width][kPanel]; rows that do not exist are zero.
 template <typename T>
 void pack_queries(const T* q, int64_t rows, int64_t width, float* panels) {

@@ -1,3 +1,4 @@
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -81,9 +82,9 @@ void* scratch(size_t bytes, int slot) {
     std::free(buffer.data);
     buffer.bytes = (bytes + 63) / 64 * 64;
     buffer.data = std::aligned_alloc(64, buffer.bytes);
-    if (!buffer.data) {
-      buffer.bytes = 0;
-      throw std::bad_alloc();
+    if (!buffer.data) {  // kernels are built without exceptions, and run where none could be caught
+      std::fprintf(stderr, "jaxkern: out of memory: %zu bytes of scratch\n", bytes);
+      std::abort();
     }
   }
   return buffer.data;

@@ -38,6 +38,10 @@ class Sizes:
                 raise ValueError(f"{self.op}: {argument} must be {expected}, got {describe(x)}")
         return x
 
+    def require_size(self, argument: str, size):
+        """A static size: positive, and small enough that a few of them multiply within int64."""
+        self.require(1 <= size < 2**31, f"{argument} must be in 1..2**31 - 1, got {size}")
+
     def require(self, holds: bool, message: str, error: type[Exception] = ValueError):
         if not holds:
             raise error(f"{self.op}: {message}")

@@ -74,7 +74,7 @@ def grouped_gemm(
     b = _operand(sizes, "b", b, "g n k", blocks=((1, 128), (128, 128)))
     out_dtype = _out_dtype(sizes, a, b, out_dtype)
     group_sizes = sizes.check("group_sizes", group_sizes, INT32, "g")
-    sizes.require(group_alignment >= 1, f"group_alignment must be at least 1, got {group_alignment}")
+    sizes.require_size("group_alignment", group_alignment)
     arrays = [a[0][None], a[1][None], b[0], b[1], group_sizes]
     static = _Static(
         "grouped_gemm", a[2], b[2], out_dtype.name, group_alignment=group_alignment, implementation=implementation
@@ -107,7 +107,7 @@ def k_grouped_gemm(
     a = sizes.check("a", a, FLOATS, "t m")
     b = sizes.check("b", b, FLOATS, "t n")
     group_sizes = sizes.check("group_sizes", group_sizes, INT32, "g")
-    sizes.require(group_alignment >= 1, f"group_alignment must be at least 1, got {group_alignment}")
+    sizes.require_size("group_alignment", group_alignment)
     if accumulator is not None:
         accumulator = sizes.check("accumulator", accumulator, (jnp.float32,), "g m n")
     static = _Static(

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jaxkern import _ffi, reference
 from jaxkern._check import FLOATS, INT32, Sizes
 
+MAX_SPLITS = 1024  # partial results are kept for each
+
 
 def mla_decode(
     q: jax.Array,
@@ -49,7 +51,8 @@ def mla_decode(
     block_table = sizes.check("block_table", block_table, INT32, "b pages")
     seq_lens = sizes.check("seq_lens", seq_lens, INT32, "b")
     sizes.require(0 < latent_dim <= sizes["d"], f"latent_dim must be from 1 to d={sizes['d']}, got {latent_dim}")
-    sizes.require(num_splits is None or num_splits >= 1, f"num_splits must be None or at least 1, got {num_splits}")
+    allowed = num_splits is None or 1 <= num_splits <= MAX_SPLITS
+    sizes.require(allowed, f"num_splits must be None or in 1..{MAX_SPLITS}, got {num_splits}")
     return _ffi.call(
         MLA_DECODE,
         q,

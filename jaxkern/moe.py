@@ -148,13 +148,14 @@ def dispatch(
     ranks = jax.lax.axis_size(axis_name) if axis_name else 1
     sizes.require(1 <= k <= MAX_TOP_K, f"expert_ids must hold 1..{MAX_TOP_K} choices a token, got k={k}")
     sizes.require(num_experts % ranks == 0, f"the {ranks} ranks must divide num_experts={num_experts}")
-    sizes.require(expert_alignment >= 1, f"expert_alignment must be positive, got {expert_alignment}")
+    sizes.require_size("expert_alignment", expert_alignment)
     local_experts = num_experts // ranks
     worst = ranks * t * min(k, local_experts)
     if expert_alignment > 1:
         worst = _ceil_to(worst + min(local_experts, worst) * (expert_alignment - 1), expert_alignment)
     rows = worst if capacity is None else capacity
-    sizes.require(capacity is None or capacity >= 1, f"capacity must be positive, got {capacity}")
+    if capacity is not None:
+        sizes.require_size("capacity", capacity)
     x, expert_ids, weights = _ffi.align(x, expert_ids, weights)
     call = functools.partial(_ffi.call, implementation=implementation)
 

@@ -461,7 +461,7 @@ def test_bits_do_not_depend_on_the_number_of_threads():
         ),
         (
             ValueError,
-            r"grouped_gemm: group_alignment must be at least 1, got 0",
+            r"grouped_gemm: group_alignment must be in 1..2\*\*31 - 1, got 0",
             lambda: grouped_gemm(normal(2, 4), normal(2, 3, 4), jnp.zeros(2, jnp.int32), group_alignment=0),
         ),
         (

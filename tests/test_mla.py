@@ -176,7 +176,7 @@ def test_decode_splits_agree_to_rounding():
     arrays = paged(5, 3, 2, 18, 64, 96, [1500, 0, 700])
     kwargs = dict(softmax_scale=0.2, latent_dim=64)
     whole = mla_decode(*arrays, num_splits=1, **kwargs)
-    for num_splits in (None, 2, 3, 7, 2000):
+    for num_splits in (None, 2, 3, 7, 1000):
         for got, expected in zip(mla_decode(*arrays, num_splits=num_splits, **kwargs), whole, strict=True):
             np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
 
@@ -252,7 +252,7 @@ def test_decode_errors():
     for latent_dim in (0, 41):
         with pytest.raises(ValueError, match=f"mla_decode: latent_dim must be from 1 to d=40, got {latent_dim}"):
             jaxkern.mla_decode(q, cache, table, seq_lens, softmax_scale=1.0, latent_dim=latent_dim)
-    with pytest.raises(ValueError, match="mla_decode: num_splits must be None or at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"mla_decode: num_splits must be None or in 1\.\.1024, got 0"):
         jaxkern.mla_decode(q, cache, table, seq_lens, softmax_scale=1.0, latent_dim=32, num_splits=0)
 
 
@@ -407,5 +407,7 @@ def test_prefill_errors():
         jaxkern.mla_prefill(q, k, v, softmax_scale=1.0, seq_lens=jnp.ones(2))
     with pytest.raises(ValueError, match=r"mla_prefill: q must be .* \[t, h, dk\], got float32\[2,8,2,24\]"):
         jaxkern.mla_prefill(q, k, v, softmax_scale=1.0, cu_seqlens=jnp.array([0, 8], jnp.int32))
-    with pytest.raises(NotImplementedError, match="mla_prefill: implementation 'cpu' is not available: on a CPU XLA"):
+    with pytest.raises(
+        NotImplementedError, match="mla_prefill: implementation 'cpu' is not available: no kernel in this version"
+    ):
         jaxkern.mla_prefill(q, k, v, softmax_scale=1.0, implementation="cpu")

@@ -286,11 +286,20 @@ def test_only_all_to_all_crosses_the_mesh():
         assert other not in text
 
 
+def test_an_alignment_beyond_the_rows_drops_what_follows():
+    ids = np.arange(4, dtype=np.int32)[:, None]
+    options = {"num_experts": 4, "capacity": 8, "expert_alignment": 2**31 - 1}
+    received, handle = jaxkern.dispatch(np.ones((4, 8), np.float32), ids, np.ones((4, 1), np.float32), **options)
+    np.testing.assert_array_equal(handle.group_sizes, [1, 0, 0, 0])
+    np.testing.assert_array_equal(handle.dropped, [0, 1, 1, 1])
+    np.testing.assert_array_equal(received[:, 0], [1] + [0] * 7)
+
+
 def test_dispatch_errors():
     x, ids, weights = jnp.zeros((4, 8)), jnp.zeros((4, 2), jnp.int32), jnp.zeros((4, 2))
-    with pytest.raises(ValueError, match="dispatch: expert_alignment must be positive, got 0"):
+    with pytest.raises(ValueError, match="dispatch: expert_alignment must be in 1"):
         jaxkern.dispatch(x, ids, weights, num_experts=4, expert_alignment=0)
-    with pytest.raises(ValueError, match="dispatch: capacity must be positive, got 0"):
+    with pytest.raises(ValueError, match="dispatch: capacity must be in 1"):
         jaxkern.dispatch(x, ids, weights, num_experts=4, capacity=0)
     with pytest.raises(TypeError, match=r"dispatch: expert_ids must be int32 \[t=4, k\], got float32\[4,2\]"):
         jaxkern.dispatch(x, weights, weights, num_experts=4)

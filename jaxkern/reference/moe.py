@@ -31,7 +31,7 @@ def assign_slots(ids, *, num_groups, rows, slabs, alignment):
         starts = jnp.arange(num_groups, dtype=jnp.int32) * (rows // num_groups)
         kept = jnp.minimum(counts, rows // num_groups)
     else:
-        aligned = -(-counts // alignment) * alignment
+        aligned = jnp.minimum(-(-counts // alignment) * alignment, rows)  # what starts past the rows never counts
         starts = jnp.cumsum(aligned) - aligned
         kept = jnp.clip(rows - starts, 0, counts)
     pad = jnp.zeros_like(starts, shape=(1,))
