@@ -1,0 +1,65 @@
+// Number formats and the conversions and functions that have instructions of their own.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "cuda/arch/base.h"
+
+namespace jaxkern::cuda {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+HOST_DEVICE uint32_t float_bits(float x) {
+  PTX(uint32_t bits; memcpy(&bits, &x, 4); return bits;)
+  SIM(return sim::bits(x);)
+}
+HOST_DEVICE float bits_float(uint32_t bits) {
+  PTX(float x; memcpy(&x, &bits, 4); return x;)
+  SIM(return sim::unbits<float>(bits);)
+}
+
+HOST_DEVICE float to_float(float x) { return x; }
+HOST_DEVICE float to_float(bfloat16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+DEVICE float to_float(float16 x) {
+  PTX(float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y;)
+  SIM(return sim::from_float16(x.bits);)
+}
+
+// cvt.rn.bf16x2.f32: low in the lower half. PTX 9.7.9.22.
+DEVICE uint32_t cvt_bf16x2(float low, float high) {
+  PTX(uint32_t packed; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low)); return packed;)
+  SIM(return sim::to_bfloat16(low) | sim::to_bfloat16(high) << 16;)
+}
+
+// cvt.rn.satfinite.e4m3x2.f32: to the nearest, ties to even, beyond 448 to 448. PTX 9.7.9.22.
+DEVICE uint16_t cvt_e4m3x2(float low, float high) {
+  PTX(uint16_t packed;
+      asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low)); return packed;)
+  SIM(return static_cast<uint16_t>(sim::to_e4m3(low) | sim::to_e4m3(high) << 8);)
+}
+
+// ex2.approx.ftz: 2^x to 2 ulp. PTX 9.7.3.22.
+DEVICE float ex2(float x) {
+  PTX(float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;)
+  SIM(return std::exp2(x);)
+}
+
+// lg2.approx.ftz. PTX 9.7.3.21.
+DEVICE float lg2(float x) {
+  PTX(float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;)
+  SIM(return std::log2(x);)
+}
+
+// div.rn: correctly rounded whatever the compiler's flags. PTX 9.7.3.8.
+DEVICE float div(float x, float y) {
+  PTX(return __fdiv_rn(x, y);)
+  SIM(return x / y;)
+}
+
+}  // namespace jaxkern::cuda

@@ -1,0 +1,170 @@
+// out = a b^T for few rows of a, as when decoding. The rows of b take the place of the 64 rows of a wgmma and those of a that
+// of its columns, which come in 16s: no tensor core works on rows that do not exist. All time goes into reading b once, so
+// the blocks of a cluster share a tile of it along k, and add their parts in the order of k: the same bits on every run.
+//
+//   warpgroup 0  multiplies
+//   warp 4       copies tiles of b and a into a ring of stages
+//   warp 5       copies their scales
+#pragma once
+
+#include "cuda/gemm/tile.h"
+
+namespace jaxkern::cuda::kernels {
+
+template <typename Out>
+struct SmallParams {
+  TensorMap a, b;  // [batch, m, k], [b_batch, n, k]
+  Global<const float> a_scales, b_scales;
+  Global<const Out> accumulator;  // empty: none
+  Global<Out> out;
+  int m, n, k_blocks, batch, b_batch;
+  int n_tiles, parts;  // parts: the cluster's blocks
+};
+
+// tile_m: of the rows of a. b_rows: the scales of b are 1 x 128, else 128 x 128.
+template <int tile_m, bool b_rows, typename Out>
+struct Small {
+  static_assert(tile_m % 16 == 0 && tile_m <= 128);
+  static constexpr int tile_n = 64;
+  static constexpr int threads = warpgroup_size + 2 * warp_size;
+  static constexpr int stages = tile_m <= 32 ? 8 : tile_m <= 64 ? 5 : 7;  // up to 64 rows: two blocks a multiprocessor
+  static std::string name() { return instance_name("Small", {tile_m}, b_rows, sizeof(Out) == 4); }
+
+  using Params = SmallParams<Out>;
+  using At = Position<stages>;
+
+  struct Smem {
+    Tile<tile_n * block_k> b[stages];
+    Tile<tile_m * block_k> a[stages];
+    Shared<float> part[tile_m][tile_n + 4];  // this block's sums, out's way round; 4 more spread the banks
+    Shared<float> a_scales[stages][tile_m];
+    Shared<float> b_scales[stages][b_rows ? tile_n : 1];
+    Barrier full[stages], empty[stages];
+  };
+
+  struct Work {
+    int batch, b_batch, row, column, first_k, last_k, rank;
+  };
+
+  DEVICE static Work work(const Params& p) {
+    int rank = cluster_rank(), tile = block_index() / p.parts;
+    int m_tiles = ceil_div(p.m, tile_m), per_batch = p.n_tiles * m_tiles;
+    int batch = tile / per_batch, in_batch = tile % per_batch;
+    return {batch,
+            p.b_batch == 1 ? 0 : batch,
+            in_batch % m_tiles * tile_m,
+            in_batch / m_tiles * tile_n,
+            static_cast<int>(int64_t(p.k_blocks) * rank / p.parts),
+            static_cast<int>(int64_t(p.k_blocks) * (rank + 1) / p.parts),
+            rank};
+  }
+
+  DEVICE static void run(const Params& p, Smem& s) {
+    int warp = warp_index();
+    if (warp == 0 && elect()) {
+      for (int i = 0; i < stages; ++i) {
+        mbarrier_init(s.full[i], 1 + warp_size);  // the copies of tiles and of scales
+        mbarrier_init(s.empty[i], 4);             // the math warps
+      }
+      fence_mbarrier_init();
+    }
+    bar_sync(0, threads);
+    Work w = work(p);
+    if (warp == 4) {
+      if (elect()) produce_tiles(p, s, w);
+      syncwarp();
+    } else if (warp == 5) {
+      produce_scales(p, s, w);
+    } else {
+      multiply(p, s, w);
+    }
+    barrier_cluster_arrive();
+    barrier_cluster_wait();
+    if (warp < 4) add_parts(p, s, w);
+    barrier_cluster_arrive();  // nobody leaves while its part is read
+    barrier_cluster_wait();
+  }
+
+  DEVICE static void produce_tiles(const Params& p, Smem& s, Work w) {
+    At at;
+    for (int k = w.first_k; k < w.last_k; ++k, at.advance()) {
+      mbarrier_wait(s.empty[at.stage], at.phase ^ 1);
+      mbarrier_arrive_expect_tx(s.full[at.stage], (tile_m + tile_n) * block_k);
+      cp_async_bulk_tensor<3>(&s.b[at.stage], p.b, {k * block_k, w.column, w.b_batch}, s.full[at.stage]);
+      cp_async_bulk_tensor<3>(&s.a[at.stage], p.a, {k * block_k, w.row, w.batch}, s.full[at.stage]);
+    }
+  }
+
+  DEVICE static void produce_scales(const Params& p, Smem& s, Work w) {
+    At at;
+    for (int k = w.first_k; k < w.last_k; ++k, at.advance()) {
+      mbarrier_wait(s.empty[at.stage], at.phase ^ 1);
+      copy_scales(s.a_scales[at.stage], p.a_scales, int64_t(w.batch) * p.k_blocks + k, w.row, p.m);
+      if constexpr (b_rows)
+        copy_scales(s.b_scales[at.stage], p.b_scales, int64_t(w.b_batch) * p.k_blocks + k, w.column, p.n);
+      cp_async_mbarrier_arrive(s.full[at.stage]);
+    }
+    cp_async_commit_group();
+    cp_async_wait_group<0>();
+  }
+
+  // The scale of the tile's 64 rows of b.
+  DEVICE static float block_scale(const Params& p, Work w, int k) {
+    int64_t row = int64_t(w.b_batch) * ceil_div(p.n, 128) + w.column / 128;
+    return load_global<float>(p.b_scales, row * p.k_blocks + k);
+  }
+
+  DEVICE static void multiply(const Params& p, Smem& s, Work w) {
+    float totals[tile_m / 2];
+#pragma unroll
+    for (int i = 0; i < tile_m / 2; ++i) totals[i] = 0;
+    At at;
+    float next = 0;
+    if (!b_rows && w.first_k < w.last_k) next = block_scale(p, w, w.first_k);
+    for (int k = w.first_k; k < w.last_k; ++k, at.advance()) {
+      float upper = next, lower = next;
+      if (!b_rows) next = block_scale(p, w, k + 1 < w.last_k ? k + 1 : k);  // a stage ahead of its use
+      mbarrier_wait(s.full[at.stage], at.phase);
+      float sums[tile_m / 2];
+      multiply_stage<tile_m>(sums, &s.b[at.stage], &s.a[at.stage]);
+      if constexpr (b_rows) {
+        upper = load(s.b_scales[at.stage][fragment_row(0)]);
+        lower = load(s.b_scales[at.stage][fragment_row(2)]);
+      }
+      Pack<float, 2> columns[tile_m / 8];
+#pragma unroll
+      for (int j = 0; j < tile_m / 8; ++j) columns[j] = load_pack<2>(s.a_scales[at.stage][fragment_column(4 * j)]);
+      wgmma_wait_group<0>(sums);
+      syncwarp();
+      if (lane_index() == 0) mbarrier_arrive(s.empty[at.stage]);
+#pragma unroll
+      for (int i = 0; i < tile_m / 2; ++i)
+        totals[i] += (i / 2 % 2 ? lower : upper) * columns[i / 4].item[i % 2] * sums[i];
+    }
+#pragma unroll
+    for (int i = 0; i < tile_m / 2; ++i) store(s.part[fragment_column(i)][fragment_row(i)], totals[i]);
+  }
+
+  // Each block of the cluster adds up its share of the rows: a warp takes a row, a lane two neighbouring columns.
+  DEVICE static void add_parts(const Params& p, Smem& s, Work w) {
+    for (int i = w.rank * 4 + thread_index() / warp_size; i < tile_m; i += p.parts * 4) {
+      int row = w.row + i, j = lane_index() * 2, column = w.column + j;
+      if (row >= p.m || column >= p.n) continue;
+      float low = 0, high = 0;
+      for (int rank = 0; rank < p.parts; ++rank) {
+        Pack<float, 2> part = load_cluster<2>(s.part[i][j], rank);
+        low += part.item[0];
+        high += part.item[1];
+      }
+      int64_t at = (int64_t(w.batch) * p.m + row) * p.n + column;
+      if (p.accumulator.size) {
+        Pair<Out> pair = load_pair(p.accumulator, at);
+        low += low_of(pair);
+        high += high_of(pair);
+      }
+      store_global(p.out, at, pack(low, high, Out{}));
+    }
+  }
+};
+
+}  // namespace jaxkern::cuda::kernels

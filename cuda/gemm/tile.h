@@ -1,0 +1,84 @@
+// What the matrix products share: the ring of stages between the producers and the tensor cores, and one 128 of k.
+//
+// Left is the operand that wgmma takes as its A, 64 rows for each warpgroup; right is its B. The dense kernel puts a left
+// and b right; the one for few rows the other way round, so that those rows cost no more than they are.
+#pragma once
+
+#include <initializer_list>
+#include <string>
+
+#include "cuda/arch/arch.h"
+
+namespace jaxkern::cuda::kernels {
+
+constexpr int block_k = 128;  // of one stage, and of one scale
+constexpr int swizzle_row = 128;
+constexpr int swizzle_group = 8 * swizzle_row;
+
+// Where a role stands in a ring of stages. A consumer waits for a full stage with `phase`, a producer for an empty one with
+// the other: "the phase before the first" has ended.
+template <int stages>
+struct Position {
+  int stage = 0;
+  uint32_t phase = 0;
+
+  DEVICE void advance() {
+    if (++stage == stages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// sums = left right^T over one stage, for the 64 rows that start at `left`. In flight when it returns.
+template <int n>
+DEVICE void multiply_stage(float (&sums)[n / 2], const void* left, const void* right AND_WHERE) {
+  uint64_t a = matrix_descriptor(shared_address(left), 0, swizzle_group, Swizzle::bytes_128);
+  uint64_t b = matrix_descriptor(shared_address(right), 0, swizzle_group, Swizzle::bytes_128);
+  wgmma_fence(SIM(where));
+#pragma unroll
+  for (int k = 0; k < block_k / 32; ++k) wgmma_e4m3<n>(sums, a + k * 2, b + k * 2, k > 0 SIM(, where));
+  wgmma_commit_group(SIM(where));
+}
+
+// The row, of 64, and the column of item i of this thread's accumulators.
+DEVICE int fragment_row(int i) { return thread_index() % warpgroup_size / 32 * 16 + lane_index() / 4 + i / 2 % 2 * 8; }
+DEVICE int fragment_column(int i) { return i / 4 * 8 + lane_index() % 4 * 2 + i % 2; }
+
+// The scales of `rows` rows from `first` on for one 128 of k, by a warp; zeros beyond the matrix. They are stored with the
+// rows contiguous, but a row of any length, so that a tensor map could not describe them.
+template <int rows>
+DEVICE void copy_scales(Shared<float> (&to)[rows], Global<const float> scales, int64_t k_block, int first,
+                        int all_rows AND_WHERE) {
+#pragma unroll
+  for (int i = 0; i < rows; i += warp_size) {
+    int row = i + lane_index();
+    if (rows % warp_size == 0 || row < rows)
+      cp_async<4>(shared_address(&to[row]), scales, k_block * all_rows + first + row, first + row < all_rows SIM(, where));
+  }
+}
+
+// Neighbouring elements of out and accumulator.
+DEVICE Pack<float, 2> pack(float low, float high, float) { return {low, high}; }
+DEVICE uint32_t pack(float low, float high, bfloat16) { return cvt_bf16x2(low, high); }
+DEVICE float low_of(Pack<float, 2> x) { return x.item[0]; }
+DEVICE float high_of(Pack<float, 2> x) { return x.item[1]; }
+DEVICE float low_of(uint32_t x) { return bits_float(x << 16); }
+DEVICE float high_of(uint32_t x) { return bits_float(x & 0xffff0000); }
+
+template <typename Out>
+using Pair = decltype(pack(0.0f, 0.0f, Out{}));
+
+template <typename Out>
+DEVICE Pair<Out> load_pair(Global<const Out> x, int64_t i AND_WHERE) {
+  return load_global<Pair<Out>>(x, i SIM(, where));
+}
+
+// As the compiler prints it: "Dense<128, 128, 1, false, bfloat16>".
+inline std::string instance_name(const char* kernel, std::initializer_list<int> sizes, bool b_rows, bool is_float32) {
+  std::string name = std::string(kernel) + "<";
+  for (int size : sizes) name += std::to_string(size) + ", ";
+  return name + (b_rows ? "true, " : "false, ") + (is_float32 ? "float>" : "bfloat16>");
+}
+
+}  // namespace jaxkern::cuda::kernels
