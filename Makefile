@@ -1,8 +1,11 @@
-# make demo, make test, make bench: each does all the set-up that is missing. PYTHON chooses the interpreter.
+# make demo, make test, make bench: each does all the set-up that is missing. PYTHON chooses the interpreter,
+# INSTALL_FLAGS go to pip install: -Ccmake.define.JAXKERN_CUDA=OFF leaves the CUDA kernels out though nvcc is there.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
+INSTALL_FLAGS ?=
+CODE = $(wildcard cpu/*.h cpu/*.cc $(foreach folder,bindings bindings/* cuda cuda/*,$(addprefix $(folder)/*.,h cc cu)))
 ifeq ($(origin CXX),default)
 CXX = c++
 endif
@@ -26,12 +29,12 @@ sanitize: install
 lint: install
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(wildcard cpu/*.h cpu/*.cc bindings/*.h bindings/*.cc)
+	$(VENV)/bin/clang-format --dry-run --Werror $(CODE)
 
 format: install
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(wildcard cpu/*.h cpu/*.cc bindings/*.h bindings/*.cc)
+	$(VENV)/bin/clang-format -i $(CODE)
 
 bench: install
 	$(RUN) -m benchmarks
@@ -43,7 +46,7 @@ docs: install
 install: $(VENV)/installed
 
 # Again after any change to what is compiled or to the dependencies.
-$(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard cpu/* bindings/*)
+$(VENV)/installed: pyproject.toml CMakeLists.txt $(CODE)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "jaxkern needs Python 3.11 or later as $(PYTHON); choose another with: make PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { \
@@ -54,7 +57,7 @@ $(VENV)/installed: pyproject.toml CMakeLists.txt $(wildcard cpu/* bindings/*)
 	  echo "jaxkern needs a C++20 compiler as $(CXX) (on Debian: apt-get install g++); choose one with: make CXX=..."; exit 1; }
 	@test -x $(RUN) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing jaxkern and what it needs into $(VENV) (once; a few minutes)"
-	@$(PIP) --editable ".[demo,test]"
+	@$(PIP) $(INSTALL_FLAGS) --editable ".[demo,test]"
 	@touch $@
 
 clean:

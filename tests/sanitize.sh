@@ -13,7 +13,7 @@ if [ ! -x $venv/bin/python ]; then
   echo "$sites" >"$($venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
 fi
 $venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-  -C cmake.define.JAXKERN_SANITIZE=ON -C build-dir=build/sanitize .
+  -C cmake.define.JAXKERN_SANITIZE=ON -C cmake.define.JAXKERN_CUDA=OFF -C build-dir=build/sanitize .
 asan=$("${CXX:-c++}" -print-file-name=libasan.so)
 ubsan=$("${CXX:-c++}" -print-file-name=libubsan.so)
 # CPython and jaxlib are not clean of leaks; the kernels own no memory that could leak.

@@ -1,0 +1,55 @@
+// The extension modules of the Hopper kernels: jaxkern._cuda, and with JAXKERN_SIM jaxkern._sim.
+
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+
+#include "xla/ffi/api/ffi.h"
+#if JAXKERN_SIM
+#include "cuda/sim/sim.h"
+#endif
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+// Every handler, as <name>_v<version>; its target is "jaxkern.<name>.v<version>", or "jaxkern.sim.<name>.v<version>".
+#define JAXKERN_HANDLERS(HANDLER) \
+  HANDLER(quantize, 1)            \
+  HANDLER(gemm, 1)
+
+using Handler = XLA_FFI_Error*(XLA_FFI_CallFrame*);
+#define JAXKERN_DECLARE(name, version)  \
+  extern "C" Handler name##_v##version; \
+  extern "C" Handler name##_v##version##_initialize;
+JAXKERN_HANDLERS(JAXKERN_DECLARE)
+
+static nb::capsule capsule(Handler* handler) { return nb::capsule(reinterpret_cast<void*>(handler)); }
+
+#if JAXKERN_SIM
+
+NB_MODULE(_sim, m) {
+  m.def("handlers", [] {
+    nb::dict handlers;
+#define JAXKERN_ADD(name, version) handlers["jaxkern.sim." #name ".v" #version] = capsule(name##_v##version);
+    JAXKERN_HANDLERS(JAXKERN_ADD)
+    return handlers;
+  });
+  m.def("configure", jaxkern::cuda::sim::configure, "seed"_a = 0, "hardware_sums"_a = false);
+  m.def("statistics", jaxkern::cuda::sim::statistics);
+}
+
+#else
+
+NB_MODULE(_cuda, m) {
+  m.def("handlers", [] {
+    nb::dict handlers, stages;
+#define JAXKERN_ADD(name, version)                                \
+  stages = nb::dict();                                            \
+  stages["initialize"] = capsule(name##_v##version##_initialize); \
+  stages["execute"] = capsule(name##_v##version);                 \
+  handlers["jaxkern." #name ".v" #version] = stages;
+    JAXKERN_HANDLERS(JAXKERN_ADD)
+    return handlers;
+  });
+}
+
+#endif
