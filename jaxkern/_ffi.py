@@ -1,12 +1,13 @@
 """From op records to JAX primitives: the only file that loads extension modules, registers FFI targets and
 lowering rules, and knows JAX versions.
 
-An op is one `Op` record. `call` binds it: on a CPU it lowers to our custom call, on every other platform to its
-reference in plain JAX.
+An op is one `Op` record. `call` binds it: on a CPU it lowers to our custom call, on a Hopper GPU to that of its
+`Kernel`, if it has one that can run the call, and everywhere else to its reference in plain JAX.
 """
 
 import dataclasses
 import functools
+import importlib
 import os
 import pathlib
 import re
@@ -19,9 +20,29 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
 IMPLEMENTATIONS = ("cpu", "cuda", "xla", "sim")
+PLATFORMS = {"cpu": "cpu", "cuda": "cuda", "sim": "cpu"}  # where each runs; "xla" runs everywhere
+HOPPER = "9.0"  # the compute capability that the CUDA kernels are compiled for
 OPS: dict[str, "Op"] = {}
 USED: dict[str, set[str]] = {}
 DISABLE_JAX_EXPORT_CHECKS: list[jax.export.DisabledSafetyCheck] = []
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """How an op's Hopper kernel is called, as "cuda" on a GPU and as "sim" on the simulator.
+
+    layouts: (**params) -> (the operands', the results'): each array's axes from major to minor, None for row-major.
+    attributes: the parameters that the target takes.
+    operands: (*arrays, **params) -> what the target takes for the op's own operands.
+    refuses: (*avals, **params) -> why the kernel cannot run this call; empty if it can.
+    version: that of the targets, `jaxkern.<name>.v<version>` on GPUs and `jaxkern.sim.<name>.v<version>` on the CPU.
+    """
+
+    layouts: Callable
+    attributes: tuple[str, ...] = ()
+    operands: Callable = lambda *arrays, **_: arrays
+    refuses: Callable = lambda *avals, **_: ""
+    version: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +54,7 @@ class Op:
     reference: (*arrays, **params) -> (array, ...), in plain JAX.
     part_of: the public functions that run this op, where it is none itself.
     cpu: version of the CPU target; None where the reference is the only implementation, which `why` then explains.
+    hopper: the op's Hopper kernel, if there is one.
     sizes: parameters that are sizes of results. They may be symbolic, so the target reads them off its buffers instead.
     batch: (size, arrays, is_batched, **params) -> (arrays, params, unbatch): how to fold a leading axis of `size` into
         the operands and take it out of each result again. NotImplemented, or None here, maps the op over the axis.
@@ -44,6 +66,7 @@ class Op:
     part_of: str = ""
     cpu: int | None = 1
     why: str = ""
+    hopper: Kernel | None = None
     sizes: tuple[str, ...] = ()
     batch: Callable | None = None
     primitive: Primitive = dataclasses.field(init=False, compare=False)
@@ -52,9 +75,9 @@ class Op:
         object.__setattr__(self, "primitive", _make_primitive(self))
         OPS[self.name] = self
 
-    @property
-    def target(self) -> str:
-        return f"jaxkern.{self.name}.v{self.cpu}"
+    def target(self, implementation: str) -> str:
+        prefix = "jaxkern.sim" if implementation == "sim" else "jaxkern"
+        return f"{prefix}.{self.name}.v{self.cpu if implementation == 'cpu' else self.hopper.version}"
 
 
 def call(op: Op, *arrays: jax.Array, implementation: str | None = None, **params) -> tuple[jax.Array, ...]:
@@ -76,7 +99,7 @@ def resolve(op: Op, implementation: str | None) -> str | None:
     """The implementation to run: None is "the best that the platform has", chosen when lowering."""
     implementation = implementation or os.environ.get("JAXKERN_IMPLEMENTATION") or None
     if implementation is None:
-        return None if op.cpu is not None else "xla"
+        return "xla" if op.cpu is None and op.hopper is None else None
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{op.name}: implementation must be None or one of {IMPLEMENTATIONS}, got {implementation!r}")
     if reason := why_not(op, implementation):
@@ -92,7 +115,44 @@ def why_not(op: Op, implementation: str) -> str:
     if implementation == "cpu" and op.cpu is None:
         return op.why
     if implementation in ("cuda", "sim"):
-        return "this build has no CUDA kernels"
+        return "no Hopper kernel for this op yet" if op.hopper is None else not_built(implementation)
+    return ""
+
+
+def why_not_on(platform: str, implementation: str) -> str:
+    """Why `implementation` does not run on `platform`; empty if it does."""
+    if PLATFORMS.get(implementation, platform) != platform:
+        return f"it needs platform {PLATFORMS[implementation]}"
+    if implementation == "cuda" and (others := gpu_capabilities() - {HOPPER}):
+        return f"it needs a GPU of compute capability {HOPPER}, this one has {', '.join(sorted(others))}"
+    return ""
+
+
+def best(op: Op, platform: str) -> str:
+    """The implementation that None stands for, for all calls that the Hopper kernel does not refuse.
+
+    Lowering for a GPU where there is none gives the reference: nobody knows what it will run on.
+    """
+    if platform == "cpu" and op.cpu is not None:
+        return "cpu"
+    hopper = platform == "cuda" and gpu_capabilities() == {HOPPER} and not why_not(op, "cuda")
+    return "cuda" if hopper else "xla"
+
+
+def gpu_capabilities() -> set[str]:
+    """The compute capabilities of this process's NVIDIA GPUs."""
+    try:
+        return {device.compute_capability for device in jax.local_devices(backend="cuda")}
+    except RuntimeError:  # no such backend
+        return set()
+
+
+def not_built(implementation: str) -> str:
+    """Why this build has not got the kernels of `implementation`; empty if it has."""
+    if implementation == "cuda" and CUDA is None:
+        return "this build has no CUDA kernels (it was built without nvcc)"
+    if implementation == "sim" and SIM is None:
+        return "this build has no simulator (it was built with JAXKERN_SIM=OFF)"
     return ""
 
 
@@ -115,24 +175,30 @@ def _make_primitive(op: Op) -> Primitive:
     primitive.multiple_results = True
 
     def abstract_eval(*avals, implementation, **params):
+        if implementation in ("cuda", "sim") and (reason := op.hopper.refuses(*avals, **params)):
+            raise NotImplementedError(f"{op.name}: implementation {implementation!r} cannot run this call: {reason}")
         return [_like(avals[0], shape, dtype) for shape, dtype in op.results(*avals, **params)]
 
     def run_eagerly(*arrays, **params):
         return _compiled(primitive, tuple(sorted(params.items())))(*arrays)
 
-    def lower_to_reference(ctx, *operands, implementation, **params):
-        if implementation is not None:
-            platforms = ", ".join(ctx.module_context.platforms)
+    def lower(platform, ctx, *operands, implementation, **params):
+        platform = platform or ", ".join(ctx.module_context.platforms)
+        chosen = implementation or best(op, platform)
+        if implementation is None and chosen == "cuda" and op.hopper.refuses(*ctx.avals_in, **params):
+            chosen = "xla"
+        if reason := why_not_on(platform, chosen):
+            available = [i for i in IMPLEMENTATIONS if not why_not(op, i) and not why_not_on(platform, i)]
             raise NotImplementedError(
-                f"{op.name}: implementation {implementation!r} does not run on platform {platforms}; available: xla"
+                f"{op.name}: implementation {chosen!r} does not run on platform {platform}: {reason}; "
+                f"available: {', '.join(available)}"
             )
-        USED.setdefault(op.name, set()).add("xla")
-        return mlir.lower_fun(op.reference, multiple_results=True)(ctx, *operands, **params)
-
-    def lower_to_cpu(ctx, *operands, implementation, **params):
-        USED.setdefault(op.name, set()).add("cpu")
-        attributes = {name: _attribute(value) for name, value in params.items() if name not in op.sizes}
-        return jax.ffi.ffi_lowering(op.target)(ctx, *operands, **attributes)
+        USED.setdefault(op.name, set()).add(chosen)
+        if chosen == "cpu":
+            attributes = {name: _attribute(value) for name, value in params.items() if name not in op.sizes}
+            return jax.ffi.ffi_lowering(op.target("cpu"))(ctx, *operands, **attributes)
+        run = op.reference if chosen == "xla" else functools.partial(_call_hopper, op, chosen, ctx.avals_out)
+        return mlir.lower_fun(run, multiple_results=True)(ctx, *operands, **params)
 
     def batch(arrays, axes, **params):
         return _batch(op, arrays, axes, params)
@@ -140,11 +206,24 @@ def _make_primitive(op: Op) -> Primitive:
     primitive.def_abstract_eval(abstract_eval)
     primitive.def_impl(run_eagerly)
     batching.primitive_batchers[primitive] = batch
-    mlir.register_lowering(primitive, lower_to_reference)
-    if op.cpu is not None:
-        mlir.register_lowering(primitive, lower_to_cpu, platform="cpu")
-        DISABLE_JAX_EXPORT_CHECKS.append(jax.export.DisabledSafetyCheck.custom_call(op.target))
+    targets = {op.target("cpu")} if op.cpu is not None else set()
+    if op.hopper is not None:
+        targets |= {op.target("cuda"), op.target("sim")}
+        mlir.register_lowering(primitive, functools.partial(lower, "cuda"), platform="cuda")
+    if targets:
+        mlir.register_lowering(primitive, functools.partial(lower, "cpu"), platform="cpu")
+    mlir.register_lowering(primitive, functools.partial(lower, None))
+    DISABLE_JAX_EXPORT_CHECKS.extend(map(jax.export.DisabledSafetyCheck.custom_call, sorted(targets)))
     return primitive
+
+
+def _call_hopper(op: Op, implementation: str, results, *arrays, **params):
+    operand_layouts, result_layouts = op.hopper.layouts(**params)
+    call = jax.ffi.ffi_call(
+        op.target(implementation), results, input_layouts=operand_layouts, output_layouts=result_layouts
+    )
+    attributes = {name: _attribute(params[name]) for name in op.hopper.attributes}
+    return call(*op.hopper.operands(*arrays, **params), **attributes)
 
 
 def _like(aval, shape: Sequence[int], dtype):
@@ -198,7 +277,7 @@ def _load():
     """Loads the CPU kernels and registers them with XLA, after checking that this JAX can run them.
 
     The check must come first: a handler that is newer than the runtime, once registered, makes the creation of JAX's
-    CPU backend fail for the whole process.
+    CPU backend fail for the whole process. All modules are built with the same FFI.
     """
     try:
         from jaxkern import _cpu
@@ -208,9 +287,22 @@ def _load():
             "(pip install . or pip install -e . in the source tree); the source tree alone is not enough."
         ) from error
     check_api_version(_cpu.api_version(), running_api_version())
-    for name, handler in _cpu.handlers().items():
-        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    _register(_cpu, "cpu")
     return _cpu
+
+
+def _load_if_built(name: str, platform: str):
+    try:
+        module = importlib.import_module(f"jaxkern.{name}")
+    except ModuleNotFoundError:
+        return None
+    _register(module, platform)
+    return module
+
+
+def _register(module, platform: str):
+    for name, handler in module.handlers().items():
+        jax.ffi.register_ffi_target(name, handler, platform=platform)
 
 
 def running_api_version() -> tuple[int, int]:
@@ -230,3 +322,5 @@ def check_api_version(built: tuple[int, int], running: tuple[int, int]):
 
 
 CPU = _load()
+CUDA = _load_if_built("_cuda", "CUDA")
+SIM = _load_if_built("_sim", "cpu")

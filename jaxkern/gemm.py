@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxkern import _ffi, reference
 from jaxkern._check import FLOATS, INT32, Sizes, as_array, describe
-from jaxkern.quantize import ScaledArray, check_scaled
+from jaxkern.quantize import BY_COLUMN, ScaledArray, check_scaled
 
 UNSCALED = (0, 0)  # the block shape of an operand without scales
 
@@ -33,7 +33,7 @@ def gemm(
     Sharding: shard_map, along any axis; along k the shards' results are still to be summed, and a scale block must not
         be cut.
     Gradient: of a, b and accumulator; with a ScaledArray b, of a (b is frozen: zeros). None with a ScaledArray a.
-    Implementations: cpu, xla.
+    Implementations: cpu, xla; cuda and sim for two ScaledArrays, n and k multiples of 16.
     Errors: TypeError for dtypes that do not go together, ValueError for shapes, NotImplementedError for the gradient of
         a ScaledArray a.
     Source: DeepSeek-V3 report, section 3.3.2; DeepGEMM.
@@ -283,7 +283,35 @@ def _fold_gemm(size, arrays, is_batched, *, transpose_a, **params):
     return folded, params, lambda i, r: r.reshape(size, batch, *r.shape[1:])
 
 
-GEMM = _ffi.Op("gemm", _gemm_results, reference.gemm, batch=_fold_gemm)
+def _hopper_refuses_gemm(a, a_scales, b, *_, a_block, **__):
+    if a_block == UNSCALED:
+        return "a and b must both be ScaledArrays"
+    for name, size in (("n", b.shape[1]), ("k", b.shape[2])):
+        if size % 16 != 0:
+            return f"{name} must be a multiple of 16, got {size}"
+    return ""
+
+
+def _hopper_gemm_layouts(*, b_block, **_):
+    return (None, BY_COLUMN, None, BY_COLUMN if b_block == (1, 128) else None, None), (None,)
+
+
+def _hopper_gemm_operands(a, a_scales, b, b_scales, accumulator, **_):
+    return a, a_scales.astype(jnp.float32), b, b_scales.astype(jnp.float32), accumulator
+
+
+GEMM = _ffi.Op(
+    "gemm",
+    _gemm_results,
+    reference.gemm,
+    batch=_fold_gemm,
+    hopper=_ffi.Kernel(
+        layouts=_hopper_gemm_layouts,
+        attributes=("b_block", "accumulate"),
+        operands=_hopper_gemm_operands,
+        refuses=_hopper_refuses_gemm,
+    ),
+)
 
 
 # ---- grouped_gemm ----

@@ -13,6 +13,7 @@ from jaxkern._check import Sizes, as_array, describe
 
 BLOCK_SHAPES = ((1, 128), (128, 128))
 SCALE_FORMATS = ("float32", "power_of_two", "ue8m0")
+BY_COLUMN = (0, 2, 1)  # major to minor: how the scales of (1, 128) blocks lie in a GPU's memory, m contiguous
 _INPUTS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -63,7 +64,7 @@ def quantize(
         the nearest e4m3, ties to even. A block that holds a NaN or an infinity becomes NaN, scale and all.
     Sharding: shard_map, along any axis that does not cut a block.
     Gradient: none.
-    Implementations: cpu, xla.
+    Implementations: cpu, xla, cuda, sim.
     Errors: TypeError for another dtype, ValueError for a rank below 2 or an unknown block shape or scale format.
     Source: DeepSeek-V3 report, section 3.3.2.
     """
@@ -145,7 +146,17 @@ def _fold_batch(size, arrays, is_batched, **params):
     return folded, params, lambda i, r: r.reshape(size, inner, *r.shape[1:])
 
 
-QUANTIZE = _ffi.Op("quantize", _quantize_results, reference.quantize, batch=_fold_batch)
+def _hopper_quantize_layouts(*, block_shape, **_):
+    return (None,), (None, BY_COLUMN if block_shape == (1, 128) else None)
+
+
+QUANTIZE = _ffi.Op(
+    "quantize",
+    _quantize_results,
+    reference.quantize,
+    batch=_fold_batch,
+    hopper=_ffi.Kernel(layouts=_hopper_quantize_layouts, attributes=("block_shape", "scale_format")),
+)
 DEQUANTIZE = _ffi.Op(
     "dequantize",
     lambda values, scales, *, block_shape, dtype: [(values.shape, dtype)],
