@@ -4,6 +4,7 @@ A new op gets jit, vmap, grad, remat, scan, shard_map, export, donation, determi
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -32,6 +33,7 @@ class Case:
     sharded_call: what to run inside shard_map, where that differs from `call`: an op that exchanges between devices.
     unsharded_call: what the shards' results joined must equal, where that is not `call` on the whole operands.
     variant: tells the cases of one op apart.
+    implementation: the one that `call` asks for when it is told none.
     """
 
     name: str
@@ -48,10 +50,16 @@ class Case:
     sharded_call: Callable | None = None
     unsharded_call: Callable | None = None
     variant: str = ""
+    implementation: str | None = None
 
     @property
     def id(self) -> str:
         return f"{self.name}-{self.variant}" if self.variant else self.name
+
+    @property
+    def target(self) -> str:
+        prefix = "jaxkern.sim." if self.implementation == "sim" else "jaxkern."
+        return self.primitive.replace("jaxkern_", prefix) + ".v"
 
     @property
     def unsharded(self) -> Callable:
@@ -131,9 +139,9 @@ def _mla_prefill(q, k, v, seq_lens, **kwargs):
     return jaxkern.mla_prefill(q, k, v, softmax_scale=0.2, seq_lens=seq_lens, **kwargs)
 
 
-_VALUES, _SCALES = _fp8(8, 200, block_shape=(1, 128))
-_WEIGHT, _WEIGHT_SCALES = _fp8(48, 200, block_shape=(128, 128), seed=1)
-_EXPERTS, _EXPERT_SCALES = _fp8(5, 48, 200, block_shape=(128, 128), seed=2)
+_VALUES, _SCALES = _fp8(8, 208, block_shape=(1, 128))
+_WEIGHT, _WEIGHT_SCALES = _fp8(48, 208, block_shape=(128, 128), seed=1)
+_EXPERTS, _EXPERT_SCALES = _fp8(5, 48, 208, block_shape=(128, 128), seed=2)
 _SIZES = np.array([2, 0, 3, 1, 1], np.int32)
 _FP8_A = {"a.values": _VALUES, "a.scales": _SCALES}
 _MOE = {"x": normal(16, 24), "expert_ids": integers(-1, 8, 16, 3), "weights": normal(16, 3)}
@@ -155,7 +163,7 @@ CASES = [
         {"a.values": _VALUES, "a.scales": _SCALES},
         specs=(ROWS, ROWS),
         out_specs=ROWS,
-        symbolic=("b, 200", "b, 2"),
+        symbolic=("b, 208", "b, 2"),
         mismatch=(("a.scales", 0), ("a.scales", 1)),
         primitive="jaxkern_dequantize",
         exact=True,
@@ -189,7 +197,7 @@ CASES = [
         _FP8_A | {"b.values": _WEIGHT, "b.scales": _WEIGHT_SCALES},
         specs=(ROWS, ROWS, ALL, ALL),
         out_specs=ROWS,
-        symbolic=("m, 200", "m, 2", "48, 200", "1, 2"),
+        symbolic=("m, 208", "m, 2", "48, 208", "1, 2"),
         mismatch=(("b.values", 1), ("a.scales", 0)),
         primitive="jaxkern_gemm",
         variant="fp8",
@@ -197,11 +205,11 @@ CASES = [
     Case(
         "gemm",
         _gemm_weight_only,
-        {"a": normal(8, 200), "b.values": _WEIGHT, "b.scales": _WEIGHT_SCALES},
+        {"a": normal(8, 208), "b.values": _WEIGHT, "b.scales": _WEIGHT_SCALES},
         specs=(ROWS, ALL, ALL),
         out_specs=ROWS,
         grad=("a",),
-        symbolic=("m, 200", "48, 200", "1, 2"),
+        symbolic=("m, 208", "48, 208", "1, 2"),
         mismatch=(("b.scales", 1),),
         primitive="jaxkern_gemm",
         variant="weight-only",
@@ -223,7 +231,7 @@ CASES = [
         _FP8_A | {"b.values": _EXPERTS, "b.scales": _EXPERT_SCALES, "group_sizes": _SIZES},
         specs=(ALL, ALL, ALL, ALL, ALL),
         out_specs=ALL,
-        symbolic=("m, 200", "m, 2", "5, 48, 200", "5, 1, 2", "5"),
+        symbolic=("m, 208", "m, 2", "5, 48, 208", "5, 1, 2", "5"),
         mismatch=(("b.values", 0),),
         primitive="jaxkern_grouped_gemm",
         variant="fp8",
@@ -293,4 +301,16 @@ CASES = [
         primitive="jaxkern_sum_rows",
         sharded_call=lambda *arrays, **kwargs: _combine(*arrays, axis_name="x", **kwargs),
     ),
+]
+
+# The calls that have a Hopper kernel, again on the simulator.
+HOPPER = [case for case in CASES if case.id in ("quantize", "gemm-fp8")]
+CASES += [
+    dataclasses.replace(
+        case,
+        call=functools.partial(case.call, implementation="sim"),
+        variant=f"{case.variant}-sim".lstrip("-"),
+        implementation="sim",
+    )
+    for case in HOPPER
 ]

@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import CASES, Case
+from contract import CASES, HOPPER, Case
 from jax.sharding import AxisType, NamedSharding
 
 import jaxkern
 from jaxkern import _ffi
 
 DIFFERENTIABLE = [c for c in CASES if c.grad]
+UNTOLD = [c for c in CASES if c.implementation is None]  # lets the platform choose
 
 
 def over(cases):
@@ -68,7 +69,7 @@ def test_runs_its_own_kernel(case):
         assert "jaxkern_" not in jaxpr
     else:
         assert case.primitive in jaxpr
-        assert case.primitive.replace("jaxkern_", "jaxkern.") + ".v" in compiled
+        assert case.target in compiled
 
 
 @over(CASES)
@@ -173,9 +174,6 @@ def test_export(case):
     exported = jax.export.export(jax.jit(case.call), disabled_checks=checks)(*shapes)
     restored = jax.export.deserialize(exported.serialize())
     assert_same(restored.call(*case.operands), expected, tolerance(case))
-
-    cuda = jax.export.export(jax.jit(case.call), platforms=["cuda"], disabled_checks=checks)(*shapes)
-    assert not re.search(r"jaxkern\.\w+\.v\d", cuda.mlir_module())
 
 
 @over([c for c in CASES if c.symbolic])
@@ -283,29 +281,75 @@ def test_unknown_implementation(case):
 
 
 @pytest.mark.parametrize("implementation", ["cuda", "sim"])
-@over(CASES)
-def test_implementation_that_is_not_built(case, implementation):
-    message = rf"^\w+: implementation '{implementation}' is not available: .*; available: .*xla"
+@over([c for c in UNTOLD if c not in HOPPER])
+def test_without_a_hopper_kernel(case, implementation, monkeypatch):
+    pretend(monkeypatch)
+    why = "(is not available: no Hopper kernel for this op yet; available: .*xla|cannot run this call: .+)"
+    with pytest.raises(NotImplementedError, match=rf"^\w+: implementation '{implementation}' {why}"):
+        _trace(case, case.operands, implementation=implementation)
+
+
+@pytest.mark.parametrize("implementation,why", [("cuda", "no CUDA kernels"), ("sim", "no simulator")])
+@over(HOPPER)
+def test_implementation_that_is_not_built(case, implementation, why, monkeypatch):
+    monkeypatch.setattr(_ffi, implementation.upper(), None)
+    message = rf"^\w+: implementation '{implementation}' is not available: this build has {why}.*; available: .*xla"
     with pytest.raises(NotImplementedError, match=message):
         _trace(case, case.operands, implementation=implementation)
 
 
-@over(CASES)
+@over(UNTOLD)
 def test_implementation_from_the_environment(case, monkeypatch):
     monkeypatch.setenv("JAXKERN_IMPLEMENTATION", "xla")
     assert "jaxkern_" not in str(jax.make_jaxpr(lambda *a: case.call(*a))(*case.operands))
     monkeypatch.setenv("JAXKERN_IMPLEMENTATION", "cuda")
-    with pytest.raises(NotImplementedError, match="'cuda' is not available"):
-        _trace(case, case.operands)
+    with pytest.raises(NotImplementedError, match=r"^\w+: implementation 'cuda' "):
+        jax.jit(lambda *a: case.call(*a)).lower(*case.operands)
 
 
-@over([c for c in CASES if c.primitive])
+# Implementations and platforms. Lowering needs neither the GPU nor the kernels, so both can be made up.
+
+
+def exported_for(platform: str, case: Case, **kwargs) -> str:
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in case.operands]
+    call = jax.jit(lambda *a: case.call(*a, **kwargs))
+    checks = jaxkern.DISABLE_JAX_EXPORT_CHECKS
+    return jax.export.export(call, platforms=[platform], disabled_checks=checks)(*shapes).mlir_module()
+
+
+def pretend(monkeypatch, *capabilities):
+    """As if this build had CUDA kernels, and this machine GPUs of these compute capabilities."""
+    monkeypatch.setattr(_ffi, "CUDA", "built")
+    monkeypatch.setattr(_ffi, "gpu_capabilities", lambda: set(capabilities))
+
+
+@over([c for c in UNTOLD if c.primitive])
 def test_explicit_cpu_never_falls_back(case):
     """Asked for the CPU kernel, lowering for another platform is an error and not the reference."""
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in case.operands]
-    call = jax.jit(lambda *a: case.call(*a, implementation="cpu"))
     with pytest.raises(NotImplementedError, match="implementation 'cpu' does not run on platform cuda"):
-        jax.export.export(call, platforms=["cuda"], disabled_checks=jaxkern.DISABLE_JAX_EXPORT_CHECKS)(*shapes)
+        exported_for("cuda", case, implementation="cpu")
+
+
+@over(HOPPER)
+def test_explicit_hopper_never_falls_back(case, monkeypatch):
+    with pytest.raises(NotImplementedError, match="implementation 'sim' does not run on platform cuda"):
+        exported_for("cuda", case, implementation="sim")
+    pretend(monkeypatch)
+    with pytest.raises(NotImplementedError, match="'cuda' does not run on platform cpu: .*; available: cpu, xla, sim"):
+        exported_for("cpu", case, implementation="cuda")
+    assert case.target in exported_for("cuda", case, implementation="cuda"), "an export for a GPU of another machine"
+    pretend(monkeypatch, "8.0")
+    message = r"'cuda' does not run on platform cuda: it needs a GPU of compute capability 9\.0, this one has 8\.0"
+    with pytest.raises(NotImplementedError, match=message):
+        exported_for("cuda", case, implementation="cuda")
+
+
+@pytest.mark.parametrize("capability", [None, "9.0", "8.0"])
+@over(UNTOLD)
+def test_what_a_gpu_gets(case, capability, monkeypatch):
+    pretend(monkeypatch, *[capability] if capability else [])
+    targets = re.findall(r"jaxkern\.[\w.]+\.v", exported_for("cuda", case))
+    assert targets == ([case.target] if case in HOPPER and capability == "9.0" else [])
 
 
 @over([c for c in CASES if not c.primitive])

@@ -1,7 +1,9 @@
 """gemm, grouped_gemm and k_grouped_gemm against exact products in float64."""
 
+import functools
 import hashlib
 import os
+import re
 import subprocess
 import sys
 
@@ -104,13 +106,14 @@ def test_default_out_dtype():
         assert gemm(*operands(kind, a, b)).dtype == expected
 
 
-@pytest.mark.parametrize("kind", ["f32", "fp8 x fp8"])
-@pytest.mark.parametrize("m,n,k", [(0, 3, 4), (3, 0, 4), (3, 4, 0), (20, 4, 0)])
-def test_zero_sizes(kind, m, n, k):
+@pytest.mark.parametrize("kind,implementation", [("f32", "cpu"), ("fp8 x fp8", "cpu"), ("fp8 x fp8", "sim")])
+@pytest.mark.parametrize("m,n,k", [(0, 16, 32), (3, 0, 16), (3, 16, 0), (20, 16, 0)])
+def test_zero_sizes(kind, implementation, m, n, k):
     a, b = operands(kind, normal(m, k), normal(n, k))
     accumulator = normal(m, n, dtype=jnp.float32)
-    np.testing.assert_array_equal(gemm(a, b, out_dtype=jnp.float32), np.zeros((m, n)))
-    np.testing.assert_array_equal(gemm(a, b, accumulator=accumulator, out_dtype=jnp.float32), accumulator)
+    product = functools.partial(gemm, a, b, out_dtype=jnp.float32, implementation=implementation)
+    np.testing.assert_array_equal(product(), np.zeros((m, n)))
+    np.testing.assert_array_equal(product(accumulator=accumulator), accumulator)
 
 
 @pytest.mark.parametrize("kind", ["fp8 x fp8", "fp8 x fp8 rows"])
@@ -141,18 +144,19 @@ def test_every_fp8_code(m):
     assert np.isnan(np.delete(got, clean)).all()
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "sim"])
 @pytest.mark.parametrize("m", [3, 20])
-def test_nan_reaches_its_row_and_column_only(m):
-    a, b = operands("fp8 x fp8", normal(m, 200), normal(40, 200, seed=1))
+def test_nan_reaches_its_row_and_column_only(m, implementation):
+    a, b = operands("fp8 x fp8", normal(m, 208), normal(48, 208, seed=1))
     a.values = a.values.at[1, 150].set(jnp.nan)
     b.values = b.values.at[33, 199].set(jnp.nan)
-    expected = np.zeros((m, 40), bool)
+    expected = np.zeros((m, 48), bool)
     expected[1], expected[:, 33] = True, True
-    np.testing.assert_array_equal(np.isnan(np.asarray(gemm(a, b), np.float32)), expected)
-    a, b = operands("fp8 x fp8 ue8m0", normal(m, 200), normal(300, 200, seed=1))
+    np.testing.assert_array_equal(np.isnan(np.asarray(gemm(a, b, implementation=implementation), np.float32)), expected)
+    a, b = operands("fp8 x fp8 ue8m0", normal(m, 208), normal(304, 208, seed=1))
     b.scales = b.scales.at[1, 1].set(jnp.nan)
-    expected = np.broadcast_to((np.arange(300) >= 128) & (np.arange(300) < 256), (m, 300))
-    np.testing.assert_array_equal(np.isnan(np.asarray(gemm(a, b), np.float32)), expected)
+    expected = np.broadcast_to((np.arange(304) >= 128) & (np.arange(304) < 256), (m, 304))
+    np.testing.assert_array_equal(np.isnan(np.asarray(gemm(a, b, implementation=implementation), np.float32)), expected)
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16", "fp8 x fp8"])
@@ -179,6 +183,82 @@ def test_vmap_is_one_call(kind):
     got = jax.vmap(jax.vmap(gemm, (0, None)), (0, 0))(normal(2, 3, 4, 9), normal(2, 5, 9, seed=1))
     want = np.einsum("xymk,xnk->xymn", exact(normal(2, 3, 4, 9)), exact(normal(2, 5, 9, seed=1)))
     np.testing.assert_allclose(got, want, atol=1e-4)
+
+
+# ---- the Hopper kernel, on the simulator ----
+
+SEEDS = 8  # each runs the simulated threads and copies in another order
+HOPPER_SIZES = [(576, 512), (2112, 256), (128, 7168), (192, 1024)]
+HOPPER_KINDS = [  # operands, result, with an accumulator
+    ("fp8 x fp8", jnp.bfloat16, False),
+    ("fp8 x fp8 rows", jnp.float32, False),
+    ("fp8 x fp8 rows", jnp.float32, True),
+]
+
+
+@pytest.fixture
+def simulator():
+    yield jaxkern._ffi.SIM
+    jaxkern._ffi.SIM.configure()
+
+
+def check_hopper(kind, out_dtype, accumulate, m, n, k):
+    a, b = operands(kind, normal(m, k), normal(n, k, seed=1))
+    accumulator = normal(m, n, seed=2, dtype=out_dtype) if accumulate else None
+    got = gemm(a, b, accumulator=accumulator, out_dtype=out_dtype, implementation="sim")
+    assert got.dtype == out_dtype
+    check_gemm(a, b, got, exact(accumulator) if accumulate else 0.0)
+    return np.asarray(got)
+
+
+@pytest.mark.parametrize("n,k", HOPPER_SIZES)
+@pytest.mark.parametrize("kind,out_dtype,accumulate", HOPPER_KINDS)
+def test_hopper(kind, out_dtype, accumulate, n, k, simulator):
+    first = HOPPER_SIZES.index((n, k)) * 6 + HOPPER_KINDS.index((kind, out_dtype, accumulate))
+    for i, m in enumerate([1, 7, 64, 65, 128, 300]):
+        simulator.configure(seed=(first + i) % SEEDS)
+        check_hopper(kind, out_dtype, accumulate, m, n, k)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("kind", ["fp8 x fp8", "fp8 x fp8 rows", "fp8 x fp8 ue8m0"])
+def test_hopper_with_partial_blocks(kind, out_dtype, accumulate):
+    for m, n, k in [(65, 208, 272), (3, 16, 16)]:
+        check_hopper(kind, out_dtype, accumulate, m, n, k)
+
+
+@pytest.mark.parametrize(
+    "m,n,k", [(7, 576, 512), (65, 192, 1024), pytest.param(300, 2112, 256, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("kind,out_dtype,accumulate", HOPPER_KINDS)
+def test_hopper_in_any_order(kind, out_dtype, accumulate, m, n, k, simulator):
+    results = []
+    for seed in range(SEEDS):
+        simulator.configure(seed=seed)
+        results.append(check_hopper(kind, out_dtype, accumulate, m, n, k))
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+def test_hopper_on_every_fp8_code():
+    """A product with the unit matrix is the code itself."""
+    codes = np.arange(256, dtype=np.uint8).reshape(256, 1).repeat(16, 1).view(ml_dtypes.float8_e4m3fn)
+    a = ScaledArray(jnp.asarray(codes), jnp.full((256, 1), 2.0))
+    unit = ScaledArray(jnp.eye(16).astype(jnp.float8_e4m3fn), jnp.ones((1, 1)), (128, 128))
+    np.testing.assert_array_equal(gemm(a, unit, out_dtype=jnp.float32, implementation="sim"), 2 * codes.astype("f"))
+
+
+@pytest.mark.parametrize("b_block", [(1, 128), (128, 128)])
+@pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
+def test_scales_go_from_quantize_to_gemm_as_they_lie(b_block, scale_format):
+    def f(a, b):
+        how = {"scale_format": scale_format, "implementation": "sim"}
+        return gemm(quantize(a, **how), quantize(b, b_block, **how), implementation="sim")
+
+    compiled = jax.jit(f).lower(normal(70, 272), normal(48, 272)).compile().as_text()
+    assert compiled.count('custom_call_target="jaxkern.sim.') == 3
+    assert not re.search(r"= \S+ (copy|transpose)\(", compiled)
 
 
 # ---- groups ----
@@ -402,7 +482,7 @@ def digest() -> str:
         bits.update(np.asarray(x).tobytes())
     for m in (1, 16):
         test_every_fp8_code(m)
-        test_nan_reaches_its_row_and_column_only(m + 2)
+        test_nan_reaches_its_row_and_column_only(m + 2, "cpu")
     return f"{jaxkern._ffi.CPU.simd_level()} {bits.hexdigest()}"
 
 
@@ -469,7 +549,26 @@ def test_bits_do_not_depend_on_the_number_of_threads():
             r"k_grouped_gemm: b must be .*t=2, n\], got float32\[3,4\]",
             lambda: k_grouped_gemm(normal(2, 4), normal(3, 4), jnp.zeros(2, jnp.int32)),
         ),
-        (NotImplementedError, r"gemm: .*no CUDA", lambda: gemm(normal(2, 4), normal(3, 4), implementation="cuda")),
+        (
+            NotImplementedError,
+            r"gemm: implementation 'sim' cannot run this call: a and b must both be ScaledArrays",
+            lambda: gemm(normal(2, 16), normal(16, 16), implementation="sim"),
+        ),
+        (
+            NotImplementedError,
+            r"gemm: implementation 'sim' cannot run this call: n must be a multiple of 16, got 30",
+            lambda: gemm(quantize(normal(2, 16)), quantize(normal(30, 16)), implementation="sim"),
+        ),
+        (
+            NotImplementedError,
+            r"gemm: implementation 'sim' cannot run this call: k must be a multiple of 16, got 40",
+            lambda: gemm(quantize(normal(2, 40)), quantize(normal(16, 40)), implementation="sim"),
+        ),
+        (
+            NotImplementedError,
+            r"grouped_gemm: implementation 'sim' is not available: no Hopper kernel .*; available: cpu, xla",
+            lambda: grouped_gemm(normal(2, 4), normal(2, 3, 4), jnp.zeros(2, jnp.int32), implementation="sim"),
+        ),
     ],
 )
 def test_errors(error, match, call):

@@ -29,7 +29,9 @@ def test_every_op_is_told_of():
     for name, op in _ffi.OPS.items():
         row = re.search(rf"^{name}(?: \(.*?\))? +(\w+) +(.*)$", out, re.M)
         assert row[1] == ("cpu" if op.cpu else "xla")
-        assert "cuda, sim: this build has no CUDA kernels" in row[2]
+        assert ("cuda, sim: no Hopper kernel for this op yet" in row[2]) == (op.hopper is None)
+    for implementation in ("cuda", "sim"):
+        assert _ffi.not_built(implementation) in out
 
 
 def test_readme():

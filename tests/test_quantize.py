@@ -44,7 +44,7 @@ def assert_same_codes(got, expected):
     np.testing.assert_array_equal(got.view(unsigned)[number], expected.view(unsigned)[number])
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+@pytest.mark.parametrize("implementation", ["cpu", "xla", "sim"])
 @pytest.mark.parametrize("scale_format", ["float32", "power_of_two", "ue8m0"])
 @pytest.mark.parametrize("block_shape", [(1, 128), (128, 128)])
 def test_definition(implementation, scale_format, block_shape):
@@ -58,7 +58,7 @@ def test_definition(implementation, scale_format, block_shape):
         assert_same_codes(a.values, values)
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+@pytest.mark.parametrize("implementation", ["cpu", "xla", "sim"])
 def test_every_code_survives_and_every_tie_goes_to_even(implementation):
     """With 448 in the block the scale is one, so codes and the points between them are seen as they are."""
     codes = ALL_CODES.view(E4M3).astype(np.float32)
@@ -91,17 +91,18 @@ def test_dequantize_every_code_with_every_scale(implementation, dtype):
         assert_same_codes(np.abs(got[normal]), np.abs(expected[normal]))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     shape=st.lists(st.integers(0, 5), max_size=2).flatmap(
         lambda batch: st.tuples(st.just(batch), st.sampled_from([0, 1, 127, 129]), st.sampled_from([0, 1, 130, 256]))
     ),
     block_shape=st.sampled_from([(1, 128), (128, 128)]),
+    implementation=st.sampled_from(["cpu", "sim"]),
 )
-def test_any_shape(shape, block_shape):
+def test_any_shape(shape, block_shape, implementation):
     batch, m, k = shape
     x = np.random.default_rng(m + k).standard_normal((*batch, m, k)).astype(np.float32)
-    a = jaxkern.quantize(x, block_shape)
+    a = jaxkern.quantize(x, block_shape, implementation=implementation)
     assert a.scales.shape == (*batch, -(-m // block_shape[0]), -(-k // block_shape[1]))
     y = np.asarray(jaxkern.dequantize(a))
     assert y.shape == x.shape
