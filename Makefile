@@ -10,7 +10,7 @@ ifeq ($(origin CXX),default)
 CXX = c++
 endif
 
-.PHONY: demo test test-slow sanitize lint format bench docs install clean
+.PHONY: demo test test-slow sanitize kernels lint format bench docs install clean
 
 demo: install
 	$(RUN) examples/shakespeare.py
@@ -25,6 +25,10 @@ test-slow: install
 # The kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, under the tests that reach their corners.
 sanitize: install
 	PYTHON=$(RUN) sh tests/sanitize.sh
+
+# The Hopper kernels compiled for a GPU, without one: no spills, nothing that ptxas had to repair, and a table of all.
+kernels: install
+	$(RUN) -m benchmarks.kernels
 
 lint: install
 	$(VENV)/bin/ruff check .

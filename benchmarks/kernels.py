@@ -1,0 +1,346 @@
+"""What is known of each Hopper kernel without a GPU: `python -m benchmarks.kernels`, or `make kernels`.
+
+From the compiler: registers, shared memory, the instructions that matter. From the simulator: the seeds that a kernel
+passed, the bytes that it moved and the least that it could have, bank conflicts. It fails if ptxas repaired a kernel,
+which it does in silence (C75xx messages: an injected wait, serialised tensor core instructions, an ignored
+setmaxnreg), or if a kernel spills or has a stack frame.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parent.parent
+BUILD = ROOT / "build/kernels"
+SIMULATED = BUILD / "simulator"  # what `record` writes
+RESULT = ROOT / "benchmarks/results/kernels.json"
+OLDEST_NVCC = (12, 8)
+FLAGS = "-std=c++20 -O3 -gencode arch=compute_90a,code=sm_90a -I. -Xptxas -v -Xptxas -warn-spills,-warn-lmem-usage"
+
+
+@dataclasses.dataclass
+class Row:
+    """One kernel; None where nobody has been asked. Sizes are in bytes; those named as an instruction are counts."""
+
+    kernel: str
+    registers: int | None = None
+    threads: int | None = None
+    spill_stores: int | None = None
+    spill_loads: int | None = None
+    stack: int | None = None
+    shared_memory: int | None = None
+    qgmma: int | None = None
+    hgmma: int | None = None
+    ldl: int | None = None
+    stl: int | None = None
+    utmaldg: int | None = None
+    utmastg: int | None = None
+    seeds: list[int] | None = None
+    least_bytes: int | None = None
+    moved_bytes: int | None = None
+    bank_conflicts: int | None = None
+    tensor_busy: float | None = None
+    idle: dict[str, float] | None = None
+
+
+COLUMNS = {
+    "kernel": lambda row: row.kernel,
+    "registers": lambda row: row.registers,
+    "threads": lambda row: row.threads,
+    "spills": lambda row: _sum(row.spill_stores, row.spill_loads),
+    "stack": lambda row: row.stack,
+    "shared": lambda row: row.shared_memory,
+    "QGMMA": lambda row: row.qgmma,
+    "HGMMA": lambda row: row.hgmma,
+    "local": lambda row: _sum(row.ldl, row.stl),
+    "TMA ld": lambda row: row.utmaldg,
+    "TMA st": lambda row: row.utmastg,
+    "seeds": lambda row: None if row.seeds is None else len(row.seeds),
+    "least bytes": lambda row: row.least_bytes,
+    "moved bytes": lambda row: row.moved_bytes,
+    "ratio": lambda row: f"{row.moved_bytes / row.least_bytes:.2f}" if row.least_bytes else None,
+    "conflicts": lambda row: row.bank_conflicts,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels")
+    parser.add_argument("--simulator", type=pathlib.Path, nargs="*", help="what simulator runs wrote")
+    parser.add_argument("--json", type=pathlib.Path, help="write the rows to this file")
+    parser.add_argument("--commit", action="store_true", help="write the rows to benchmarks/results")
+    options = parser.parse_args(argv)
+
+    nvcc, why_not = find_nvcc()
+    sources = [p for p in sorted(ROOT.glob("cuda/*/*.cu")) if p.parent.name not in ("arch", "sim")]
+    if why_not and options.commit:
+        parser.error(f"--commit: {why_not}")
+    refused, rows = [], {}
+    if why_not:
+        print(f"No kernel was compiled: {why_not}. The columns of the compiler are missing.")
+    else:
+        refused, rows = compiler_rows(nvcc, sources)
+    found = sorted(SIMULATED.glob("*.json")) if options.simulator is None else options.simulator
+    simulated = simulator_rows([json.loads(path.read_text()) for path in found])
+    if not simulated:
+        print("No simulator run was recorded. The columns of the simulator are missing.")
+    rows = merge(rows, simulated)
+
+    print(table(rows))
+    for line in refused:
+        print(f"REFUSED: {line}", file=sys.stderr)
+    if refused:
+        return 1
+    record = {"nvcc": why_not or nvcc_version(nvcc), "flags": FLAGS, "rows": [dataclasses.asdict(row) for row in rows]}
+    for path in [options.json] * bool(options.json) + [RESULT] * options.commit:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+# ---- the compiler ----
+
+
+def find_nvcc() -> tuple[str, str]:
+    """nvcc, or why there is none."""
+    homes = [os.environ[name] + "/bin" for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=os.pathsep.join(homes))
+    if not nvcc:
+        return "", "nvcc is neither in PATH nor in CUDA_HOME"
+    version = nvcc_version(nvcc)
+    if tuple(map(int, version.split("."))) < OLDEST_NVCC:
+        return "", f"{nvcc} is of CUDA {version}, and {'.'.join(map(str, OLDEST_NVCC))} is the oldest that will do"
+    return nvcc, ""
+
+
+def nvcc_version(nvcc: str) -> str:
+    return re.search(r"release (\d+\.\d+)", _output(nvcc, "--version"))[1]
+
+
+def find_cuobjdump(nvcc: str) -> str | None:
+    """From PATH, from beside nvcc, or from the wheel, in whose folder is also the nvdisasm that it runs."""
+    beside = pathlib.Path(nvcc).resolve().parent / "cuobjdump"
+    spec = importlib.util.find_spec("nvidia")
+    wheels = [
+        p for place in (spec.submodule_search_locations if spec else []) for p in pathlib.Path(place).glob("*/bin")
+    ]
+    return shutil.which("cuobjdump") or next(
+        (str(p) for p in [beside, *(w / "cuobjdump" for w in wheels)] if p.exists()), None
+    )
+
+
+def compiler_rows(nvcc: str, sources: list[pathlib.Path]) -> tuple[list[str], dict[str, Row]]:
+    """What is refused, and a row for each kernel by its short name."""
+    cuobjdump = find_cuobjdump(nvcc)
+    if not cuobjdump:
+        print(
+            "No cuobjdump was found (pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm): "
+            "the columns of instructions and threads are missing."
+        )
+    refused, rows = [], {}
+    # Two at a time: a compilation takes a core, and not little memory.
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for source, (cubin, log, seconds, is_new) in zip(
+            sources, pool.map(lambda s: build(nvcc, s), sources), strict=True
+        ):
+            name = source.relative_to(ROOT)
+            print(f"{name}: nvcc {seconds:.1f} s{'' if is_new else ', unchanged since'}", flush=True)
+            if cubin is None:
+                refused.append(f"{name} does not compile:\n{log}")
+                continue
+            refused += refusals(log)
+            counts = {} if not cuobjdump else parse_sass(_cuobjdump(cuobjdump, "-sass", cubin))
+            bounds = {} if not cuobjdump else parse_threads(_cuobjdump(cuobjdump, "-elf", cubin))
+            for entry, resources in parse_ptxas(log).items():
+                if "registers" in resources:
+                    row = Row(
+                        short_name(demangle(entry)), **resources, **counts.get(entry, {}), threads=bounds.get(entry)
+                    )
+                    rows[row.kernel] = row
+    return refused, rows
+
+
+def build(nvcc: str, source: pathlib.Path):
+    """Compiles `source` unless nothing it depends on has changed: cubin, log, seconds, whether that was now."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    stem = BUILD / f"{source.parent.name}.{source.stem}"
+    cubin, depfile, stamp = (stem.with_name(stem.name + end) for end in (".cubin", ".d", ".json"))
+    command = [nvcc, *FLAGS.split(), "-cubin", "-MD", "-MF", depfile, "-o", cubin, source.relative_to(ROOT)]
+    if stamp.exists():
+        last = json.loads(stamp.read_text())
+        if last["digest"] == _digest(nvcc, depfile):
+            return cubin, last["log"], last["seconds"], False
+    stamp.unlink(missing_ok=True)
+    begin = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    seconds, log = time.perf_counter() - begin, done.stdout + done.stderr
+    if done.returncode != 0:
+        return None, log, seconds, True
+    stamp.write_text(json.dumps({"digest": _digest(nvcc, depfile), "seconds": seconds, "log": log}))
+    return cubin, log, seconds, True
+
+
+def _digest(nvcc: str, depfile: pathlib.Path) -> str:
+    """Of the compiler, the flags and every file that was read; its time of change says nothing after a checkout."""
+    digest = hashlib.sha256(f"{_output(nvcc, '--version')} {FLAGS}".encode())
+    for path in depfile.read_text().partition(":")[2].replace("\\\n", " ").split():
+        path = ROOT / path
+        digest.update(path.read_bytes() if path.exists() else b"gone")
+    return digest.hexdigest()
+
+
+def parse_ptxas(log: str) -> dict[str, dict[str, int]]:
+    """What `ptxas -v` tells of each function; only a kernel has "registers"."""
+    functions, name = {}, ""
+    for line in log.splitlines():
+        if m := re.search(r"Compiling entry function '(\w+)'|Function properties for (\w+)", line):
+            name = m[1] or m[2]
+        elif m := re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            sizes = dict(zip(("stack", "spill_stores", "spill_loads"), map(int, m.groups()), strict=True))
+            functions.setdefault(name, {}).update(sizes)
+        elif m := re.search(r"Used (\d+) registers", line):
+            static = re.search(r"(\d+) bytes smem", line)
+            functions[name].update(registers=int(m[1]), shared_memory=int(static[1]) if static else 0)
+    return functions
+
+
+def refusals(log: str) -> list[str]:
+    """What no kernel may have, one sentence each."""
+    found = [demangle(line.strip()) for line in log.splitlines() if re.search(r"\(C75\d\d\)", line)]
+    for name, sizes in parse_ptxas(log).items():
+        faults = [
+            f"{key.replace('_', ' ')} {sizes[key]} bytes"
+            for key in ("stack", "spill_stores", "spill_loads")
+            if sizes[key]
+        ]
+        if faults:
+            found.append(f"{short_name(demangle(name))}: {', '.join(faults)}")
+    return found
+
+
+def parse_sass(text: str) -> dict[str, dict[str, int]]:
+    """The count of each instruction that a Row names, by function, from `cuobjdump -sass`."""
+    counted = ("qgmma", "hgmma", "ldl", "stl", "utmaldg", "utmastg")
+    functions = {}
+    for part in text.split("Function : ")[1:]:
+        # A commit_group with no product right before it becomes an HGMMA of nothing.
+        opcodes = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\w+)\b(?!\S* RZ, gdesc\[URZ\])", part)
+        functions[part.split()[0]] = {name: opcodes.count(name.upper()) for name in counted}
+    return functions
+
+
+def parse_threads(text: str) -> dict[str, int]:
+    """The launch bound of each kernel, from `cuobjdump -elf`."""
+    bounds = {}
+    for part in re.split(r"^\.nv\.info\.", text, flags=re.M)[1:]:
+        if m := re.search(r"EIATTR_MAX_THREADS\s+Format:.*\s+Value:\s+0x(\w+) 0x(\w+) 0x(\w+)", part.split("\n.")[0]):
+            x, y, z = (int(size, 16) for size in m.groups())
+            bounds[part.split()[0]] = x * y * z
+    return bounds
+
+
+def demangle(text: str) -> str:
+    """Every mangled name in `text`; the text itself where there is no c++filt."""
+    if not shutil.which("c++filt"):
+        return text
+    return subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout.rstrip("\n")
+
+
+def short_name(name: str) -> str:
+    """A kernel's name as tables have it: its struct, without what all of them share.
+
+    void jaxkern::cuda::entry<jaxkern::cuda::gemm::Kernel<64, true> >(...) is Gemm<64, true>.
+    """
+    name = name.replace("(anonymous namespace)::", "").replace("jaxkern::cuda::", "").replace("> >", ">>")
+    if m := re.match(r"void entry<(.*)>\(", name):
+        name = m[1].rstrip()
+    return re.sub(r"^(\w)(\w*)::Kernel\b", lambda m: m[1].upper() + m[2], name.replace("> >", ">>"))
+
+
+def _cuobjdump(cuobjdump: str, *arguments) -> str:
+    path = os.path.dirname(cuobjdump) + os.pathsep + os.environ.get("PATH", "")
+    return _output(cuobjdump, *arguments, env={**os.environ, "PATH": path})
+
+
+def _output(*command, **options) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True, **options).stdout
+
+
+# ---- the simulator ----
+
+
+def record(path: pathlib.Path, statistics: str | None = None):
+    """Writes the simulator's counts of this process, as a run of tests does at its end: SIMULATED / "<any>.json"."""
+    if statistics is None:
+        from jaxkern import _sim
+
+        statistics = _sim.statistics()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(statistics)
+
+
+def simulator_rows(runs: list) -> dict[str, Row]:
+    """Several runs together. A run is what `statistics()` returns, or a list of rows with the names of Row's fields."""
+    rows = {}
+    for run in runs:
+        for counts in statistics_rows(run) if isinstance(run, dict) else run:
+            row = rows.setdefault(short_name(counts["kernel"]), Row(short_name(counts["kernel"])))
+            for field in ("threads", "shared_memory", "tensor_busy", "idle"):
+                if counts.get(field) is not None:
+                    setattr(row, field, counts[field])
+            for field in ("least_bytes", "moved_bytes", "bank_conflicts"):
+                setattr(row, field, _sum(getattr(row, field), counts.get(field)))
+            if counts.get("seeds") is not None:
+                row.seeds = sorted({*(row.seeds or []), *counts["seeds"]})
+    return rows
+
+
+def statistics_rows(statistics: dict) -> list[dict]:
+    """What `jaxkern._sim.statistics()` returns, as rows with the names of Row's fields."""
+    rows = []
+    for kernel, counts in statistics.get("kernels", {}).items():
+        rows.append({"kernel": kernel, **counts, "shared_memory": counts.get("shared_bytes")})
+    return rows
+
+
+# ---- both ----
+
+
+def merge(compiled: dict[str, Row], simulated: dict[str, Row]) -> list[Row]:
+    """One row a kernel. Shared memory is what a block has in all: the compiler knows the static part, which is none."""
+    rows = []
+    for name in sorted({*compiled, *simulated}):
+        row = dataclasses.asdict(compiled.get(name) or Row(name))
+        for field, value in dataclasses.asdict(simulated.get(name) or Row(name)).items():
+            if row[field] is None or (field == "shared_memory" and value is not None):
+                row[field] = value
+        rows.append(Row(**row))
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    cells = [list(COLUMNS)] + [["-" if (x := f(row)) is None else str(x) for f in COLUMNS.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for first, *rest in cells:
+        rest = (cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *rest]))
+    return "\n".join(lines)
+
+
+def _sum(*values: int | None) -> int | None:
+    known = [x for x in values if x is not None]
+    return sum(known) if known else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
