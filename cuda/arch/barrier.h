@@ -22,9 +22,10 @@ DEVICE void mbarrier_arrive(Barrier& barrier AND_WHERE) {
   SIM(sim::mbarrier_arrive(shared_address(&barrier), 0, where);)
 }
 
-// mbarrier.arrive on the barrier of another block of the cluster, or of this one. PTX 9.7.13.16.13.
+// mbarrier.arrive on the barrier of another block of the cluster, or of this one: what it releases is what wgmma has read.
+// With .release.cluster ptxas puts a fence of the whole GPU before each arrival. PTX 9.7.13.16.13.
 DEVICE void mbarrier_arrive_cluster(Barrier& barrier, int rank AND_WHERE) {
-  PTX(asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(mapa(&barrier, rank)) : "memory");)
+  PTX(asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapa(&barrier, rank)) : "memory");)
   SIM(sim::mbarrier_arrive(mapa(&barrier, rank), 0, where);)
 }
 

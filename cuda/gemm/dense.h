@@ -1,7 +1,7 @@
 // out = a b^T for many rows: a persistent block for each multiprocessor walks over tiles of the result.
 //
-//   warp 0 of the last warpgroup   copies tiles of a and b into a ring of stages, with the copy engine
-//   warp 1 of the last warpgroup   copies their scales
+//   warp 0 of the last warpgroup   copies tiles of a and b and their scales into a ring of stages, with the copy engine
+//   warp 1 of the last warpgroup   copies the scales where the copy engine cannot
 //   the other warpgroups           multiply; each has its 64 or 128 rows of the tile, keeps their float32 sums, and stores
 //                                  them while the producers fetch the next tile
 //
@@ -16,10 +16,12 @@ namespace jaxkern::cuda::kernels {
 template <typename Out>
 struct DenseParams {
   TensorMap a, b, out;  // [batch, m, k], [b_batch, n, k], [batch, m, n]
+  TensorMap a_scales_map, b_scales_map;
   Global<const float> a_scales, b_scales;
   Global<const Out> accumulator;  // empty: none
   int m, n, k_blocks, batch, b_batch;
   int m_tiles, n_tiles, band;  // m_tiles is a multiple of the cluster
+  bool scales_by_copy_engine;  // else by the threads of a warp: the rows of a's scales are not aligned
 };
 
 // Tiles one after the other, in bands of `band` rows of tiles: what runs at one time shares rows of a and of b in L2.
@@ -46,8 +48,9 @@ struct Dense {
   static constexpr int registers = math_groups == 2 ? 168 : 0;
   static constexpr int strip = swizzle_row / sizeof(Out);  // columns of one store
   static constexpr int strips = tile_n / strip;
+  static constexpr int staged = tile_m == 256 ? 1 : strips;  // at a time; of the large tile few, to have a fourth stage
   static constexpr int stage_bytes = (tile_m + tile_n) * block_k + tile_m * 4 + (b_rows ? tile_n * 4 : 0);
-  static constexpr int staging_bytes = math_groups * 64 * tile_n * sizeof(Out);
+  static constexpr int staging_bytes = math_groups * staged * 64 * swizzle_row;
   static constexpr int most_stages = (max_shared_bytes - staging_bytes - 2048) / stage_bytes;
   static constexpr int stages = most_stages < 8 ? most_stages : 8;
   static_assert(stages >= 3);
@@ -61,7 +64,7 @@ struct Dense {
   struct Smem {
     Tile<tile_m * block_k> a[stages];
     Tile<tile_n * block_k> b[stages];
-    Tile<64 * swizzle_row> staging[math_groups][strips];
+    Tile<64 * swizzle_row> staging[math_groups][staged];
     Shared<float> a_scales[stages][tile_m];
     Shared<float> b_scales[stages][b_rows ? tile_n : 1];
     Barrier full[stages], empty[stages];
@@ -70,9 +73,12 @@ struct Dense {
   DEVICE static void run(const Params& p, Smem& s) {
     int warp = warp_index();
     if (warp == 0 && elect()) {
+      prefetch_tensormap(p.a);
+      prefetch_tensormap(p.b);
+      prefetch_tensormap(p.out);
       for (int i = 0; i < stages; ++i) {
-        mbarrier_init(s.full[i], 1 + warp_size);                         // the copies of tiles and of scales
-        mbarrier_init(s.empty[i], cluster * math_groups * 4);            // every math warp that reads it, of every block
+        mbarrier_init(s.full[i], p.scales_by_copy_engine ? 1 : 1 + warp_size);
+        mbarrier_init(s.empty[i], cluster * math_groups * 4);  // every math warp that reads it, of every block
       }
       fence_mbarrier_init();
     }
@@ -81,7 +87,7 @@ struct Dense {
       if constexpr (registers > 0) setmaxnreg_dec<40>();
       if (warp == math_groups * 4) {
         if (elect()) produce_tiles(p, s);
-      } else if (warp == math_groups * 4 + 1) {
+      } else if (warp == math_groups * 4 + 1 && !p.scales_by_copy_engine) {
         produce_scales(p, s);
       }
       syncwarp();
@@ -113,7 +119,15 @@ struct Dense {
       int b_batch = p.b_batch == 1 ? 0 : t.batch;
       for (int k = 0; k < p.k_blocks; ++k, at.advance()) {
         mbarrier_wait(s.empty[at.stage], at.phase ^ 1);
-        mbarrier_arrive_expect_tx(s.full[at.stage], (tile_m + tile_n) * block_k);
+        int scale_bytes = p.scales_by_copy_engine ? tile_m * 4 + (b_rows ? tile_n * 4 : 0) : 0;
+        mbarrier_arrive_expect_tx(s.full[at.stage], (tile_m + tile_n) * block_k + scale_bytes);
+        if (p.scales_by_copy_engine) {
+          cp_async_bulk_tensor<2>(&s.a_scales[at.stage], p.a_scales_map, {t.m_tile * tile_m, t.batch * p.k_blocks + k},
+                                  s.full[at.stage]);
+          if constexpr (b_rows)
+            cp_async_bulk_tensor<2>(&s.b_scales[at.stage], p.b_scales_map, {t.n_tile * tile_n, b_batch * p.k_blocks + k},
+                                    s.full[at.stage]);
+        }
         cp_async_bulk_tensor<3>(&s.a[at.stage], p.a, {k * block_k, t.m_tile * tile_m, t.batch}, s.full[at.stage]);
         if constexpr (cluster == 1) {
           cp_async_bulk_tensor<3>(&s.b[at.stage], p.b, {k * block_k, t.n_tile * tile_n, b_batch}, s.full[at.stage]);
@@ -147,6 +161,7 @@ struct Dense {
 
   DEVICE static void multiply(const Params& p, Smem& s, int group) {
     At at;
+    if (math_groups == 2 && group == 1) bar_arrive(turn, 2 * warpgroup_size);  // the first turn is the other's
     for (int tile = block_index(); tile < tiles(p); tile += grid_size()) {
       TilePosition t = tile_position(p, tile);
       float totals[slabs][tile_n / 2];
@@ -165,7 +180,9 @@ struct Dense {
         for (int slab = 0; slab < slabs; ++slab) {
           int row = (group * slabs + slab) * 64;
           float sums[tile_n / 2];
+          if constexpr (math_groups == 2) bar_sync(turn + group, 2 * warpgroup_size);
           multiply_stage<tile_n>(sums, s.a[at.stage].data + row * block_k, &s.b[at.stage]);
+          if constexpr (math_groups == 2) bar_arrive(turn + 1 - group, 2 * warpgroup_size);
           float upper = load(s.a_scales[at.stage][row + fragment_row(0)]);
           float lower = load(s.a_scales[at.stage][row + fragment_row(2)]);
           Pack<float, 2> columns[b_rows ? tile_n / 8 : 1];
@@ -187,8 +204,13 @@ struct Dense {
 #pragma unroll
       for (int slab = 0; slab < slabs; ++slab) store(p, s, t, group, slab, totals[slab]);
     }
+    if (math_groups == 2 && group == 0) bar_sync(turn, 2 * warpgroup_size);  // the other's last turn
     if (thread_index() % warpgroup_size == 0) bulk_wait_group<0>();
   }
+
+  // The two math warpgroups take turns at the tensor cores, so that one multiplies while the other promotes its sums. Left
+  // to themselves they fall into step, and the tensor cores idle while both promote.
+  static constexpr int turn = 4;  // and 5: named barriers
 
   // The scales of a tile's columns, one for each `width` of them.
   template <int columns>
@@ -231,38 +253,42 @@ struct Dense {
       }
     }
     bool first = thread_index() % warpgroup_size == 0;
-    if (first) bulk_wait_group_read<0>();  // the staging has been stored from
-    bar_sync(1 + group, warpgroup_size);
-    stage(s.staging[group], totals, Out{});
-    fence_proxy_async();
-    bar_sync(1 + group, warpgroup_size);
-    if (first) {
-      for (int i = 0; i < strips; ++i)
-        cp_async_bulk_tensor_store<3>(p.out, {first_column + i * strip, first_row, t.batch}, &s.staging[group][i]);
-      bulk_commit_group();
+#pragma unroll
+    for (int i = 0; i < strips; i += staged) {
+      if (first) bulk_wait_group_read<0>();  // the staging has been stored from
+      bar_sync(1 + group, warpgroup_size);
+#pragma unroll
+      for (int j = 0; j < staged; ++j) stage(shared_address(&s.staging[group][j]), totals, (i + j) * strip, Out{});
+      fence_proxy_async();
+      bar_sync(1 + group, warpgroup_size);
+      if (first) {
+        for (int j = 0; j < staged; ++j)
+          cp_async_bulk_tensor_store<3>(p.out, {first_column + (i + j) * strip, first_row, t.batch}, &s.staging[group][j]);
+        bulk_commit_group();
+      }
     }
   }
 
-  // Into strips of 64 rows of 128 bytes, with the swizzle of the tensor map.
-  DEVICE static void stage(Tile<64 * swizzle_row> (&staging)[strips], const float (&totals)[tile_n / 2], bfloat16) {
+  // The columns from `first` on into a strip of 64 rows of 128 bytes, with the swizzle of the tensor map.
+  DEVICE static void stage(uint32_t staging, const float (&totals)[tile_n / 2], int first, bfloat16) {
     int lane = lane_index();
     int row = thread_index() % warpgroup_size / 32 * 16 + lane % 16;
 #pragma unroll
-    for (int j = 0; j < tile_n / 8; j += 2) {  // two times 8 columns, two times 8 rows
+    for (int j = 0; j < strip / 8; j += 2) {  // two times 8 columns, two times 8 rows
       uint32_t fragment[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) fragment[i] = cvt_bf16x2(totals[j * 4 + 2 * i], totals[j * 4 + 2 * i + 1]);
-      int piece = j % 8 + lane / 16;
-      stmatrix<4, false>(shared_address(&staging[j / 8]) + row * swizzle_row + (piece ^ row % 8) * 16, fragment);
+      for (int i = 0; i < 4; ++i)
+        fragment[i] = cvt_bf16x2(totals[first / 2 + j * 4 + 2 * i], totals[first / 2 + j * 4 + 2 * i + 1]);
+      stmatrix<4, false>(staging + row * swizzle_row + ((j + lane / 16) ^ (row % 8)) * 16, fragment);
     }
   }
 
-  DEVICE static void stage(Tile<64 * swizzle_row> (&staging)[strips], const float (&totals)[tile_n / 2], float) {
+  DEVICE static void stage(uint32_t staging, const float (&totals)[tile_n / 2], int first, float) {
 #pragma unroll
-    for (int i = 0; i < tile_n / 2; i += 2) {
-      int row = fragment_row(i), column = fragment_column(i) % strip;
-      uint32_t address = shared_address(&staging[i / 4 * 8 / strip]) + row * swizzle_row;
-      store_shared(address + ((column / 4 ^ row % 8) * 4 + column % 4) * 4, pack(totals[i], totals[i + 1], 0.0f));
+    for (int i = 0; i < strip / 2; i += 2) {
+      int row = fragment_row(i), column = fragment_column(i);
+      store_shared(staging + row * swizzle_row + (((column / 4) ^ (row % 8)) * 4 + column % 4) * 4,
+                   pack(totals[first / 2 + i], totals[first / 2 + i + 1], 0.0f));
     }
   }
 };

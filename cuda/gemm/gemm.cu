@@ -14,7 +14,7 @@ using namespace jaxkern::cuda::kernels;
 // ---- the choice ----
 
 // The kernels that exist. A plan is one of them.
-enum class Plan { small_16, small_32, small_64, small_128, dense_128_64, dense_128_128, dense_128_192, dense_256_128 };
+enum class Plan { small_16, small_32, small_64, dense_128_64, dense_128_128, dense_128_192, dense_256_128 };
 
 // Few rows: the kernel that reads b once and does nothing else, while all rows fit into one tile. More rows: the tile with
 // the least time, by the model below, of those whose rows are not mostly beyond m.
@@ -25,7 +25,7 @@ Plan choose(const Gemm& g, int multiprocessors) {
   if (g.m <= 16) return Plan::small_16;
   if (g.m <= 32) return Plan::small_32;
   if (g.m <= 64) return Plan::small_64;
-  if (g.m <= 128) return Plan::small_128;
+  if (g.m <= 128 && g.batch * ceil_div(g.n, 64) * 2 <= multiprocessors) return Plan::small_64;  // along k, to use them all
   constexpr struct {
     Plan plan;
     int m, n;
@@ -62,6 +62,12 @@ Error matrix_map(TensorMap& map, const void* data, Element element, int element_
                        {swizzle_row / element_bytes, box_rows, 1}, Swizzle::bytes_128);
 }
 
+// Scales of rows, [k blocks of all matrices, rows], in boxes of one k block.
+Error scales_map(TensorMap& map, Global<const float> scales, int64_t rows, int box_rows) {
+  return tensor_map<2>(map, scales.data, Element::float32, {rows, scales.size / rows}, {rows * 4}, {box_rows, 1},
+                       Swizzle::none);
+}
+
 template <typename Params>
 void fill_common(Params& p, const Gemm& g) {
   p.m = g.m;
@@ -81,6 +87,7 @@ Error launch_dense(const Gemm& g, Stream stream) {
   p.accumulator = {static_cast<const Out*>(g.accumulator), g.accumulator ? g.batch * g.m * g.n : 0};
   p.m_tiles = round_up(ceil_div(g.m, tile_m), cluster);
   p.n_tiles = ceil_div(g.n, tile_n);
+  p.scales_by_copy_engine = g.m % 4 == 0;  // their rows start at multiples of 16 bytes; those of b always do
   int blocks = multiprocessors() / cluster * cluster;
   // As many rows of tiles as make what runs at one time about square.
   p.band = 1;
@@ -90,6 +97,9 @@ Error launch_dense(const Gemm& g, Stream stream) {
   Error error = all_of({matrix_map(p.a, g.a, Element::uint8, 1, g.batch, g.m, g.k, tile_m),
                         matrix_map(p.b, g.b, Element::uint8, 1, g.b_batch, g.n, g.k, tile_n / cluster),
                         matrix_map(p.out, g.out, element, sizeof(Out), g.batch, g.m, g.n, 64)});
+  if (error.empty() && p.scales_by_copy_engine)
+    error = scales_map(p.a_scales_map, p.a_scales, g.m, tile_m);
+  if (error.empty() && p.scales_by_copy_engine && b_rows) error = scales_map(p.b_scales_map, p.b_scales, g.n, tile_n);
   if (!error.empty()) return error;
   return launch<Kernel>(std::min<int64_t>(blocks, g.batch * p.m_tiles * p.n_tiles), cluster, p, stream);
 }
@@ -103,13 +113,15 @@ Error launch_small(const Gemm& g, Stream stream) {
   p.out = {static_cast<Out*>(g.out), g.batch * g.m * g.n};
   p.n_tiles = ceil_div(g.n, Kernel::tile_n);
   int64_t tiles = g.batch * ceil_div(g.m, tile_m) * p.n_tiles;
-  // Along k as long as there are multiprocessors without a tile, but at least four stages for each.
+  // Along k while multiprocessors would have no tile, or for long k not a second one; but four stages for each part.
   p.parts = 1;
-  while (p.parts < 8 && tiles * p.parts * 2 <= multiprocessors() && p.k_blocks >= p.parts * 2 * 4) p.parts *= 2;
+  while (p.parts < 8 && p.k_blocks >= p.parts * 8 && tiles * p.parts * 2 <= multiprocessors() * (p.parts == 1 ? 2 : 1))
+    p.parts *= 2;
+  int64_t blocks = p.parts > 1 ? tiles * p.parts : std::min<int64_t>(tiles, multiprocessors() * 2);
   Error error = all_of({matrix_map(p.a, g.a, Element::uint8, 1, g.batch, g.m, g.k, tile_m),
                         matrix_map(p.b, g.b, Element::uint8, 1, g.b_batch, g.n, g.k, Kernel::tile_n)});
   if (!error.empty()) return error;
-  return launch<Kernel>(tiles * p.parts, p.parts, p, stream);
+  return launch<Kernel>(blocks, p.parts, p, stream);
 }
 
 // ---- every kernel ----
@@ -123,8 +135,6 @@ Error launch_plan(Plan plan, const Gemm& g, Stream stream) {
       return launch_small<32, b_rows, Out>(g, stream);
     case Plan::small_64:
       return launch_small<64, b_rows, Out>(g, stream);
-    case Plan::small_128:
-      return launch_small<128, b_rows, Out>(g, stream);
     case Plan::dense_128_64:
       return launch_dense<128, 64, 1, b_rows, Out>(g, stream);
     case Plan::dense_128_192:
@@ -141,7 +151,7 @@ Error launch_plan(Plan plan, const Gemm& g, Stream stream) {
 template <bool b_rows, typename Out>
 Error prepare_plans() {
   Error error = all_of({prepare<Small<16, b_rows, Out>>(), prepare<Small<32, b_rows, Out>>(),
-                        prepare<Small<64, b_rows, Out>>(), prepare<Small<128, b_rows, Out>>(),
+                        prepare<Small<64, b_rows, Out>>(),
                         prepare<Dense<128, 64, 1, b_rows, Out>>(), prepare<Dense<128, 128, 1, b_rows, Out>>()});
   if constexpr (!b_rows && sizeof(Out) == 2)
     error = all_of({error, prepare<Dense<128, 192, 2, b_rows, Out>>(), prepare<Dense<256, 128, 2, b_rows, Out>>()});

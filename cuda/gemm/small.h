@@ -24,10 +24,10 @@ struct SmallParams {
 // tile_m: of the rows of a. b_rows: the scales of b are 1 x 128, else 128 x 128.
 template <int tile_m, bool b_rows, typename Out>
 struct Small {
-  static_assert(tile_m % 16 == 0 && tile_m <= 128);
+  static_assert(tile_m % 16 == 0 && tile_m <= 64);
   static constexpr int tile_n = 64;
   static constexpr int threads = warpgroup_size + 2 * warp_size;
-  static constexpr int stages = tile_m <= 32 ? 8 : tile_m <= 64 ? 5 : 7;  // up to 64 rows: two blocks a multiprocessor
+  static constexpr int stages = tile_m <= 32 ? 8 : 5;  // two blocks fit on a multiprocessor
   static std::string name() { return instance_name("Small", {tile_m}, b_rows, sizeof(Out) == 4); }
 
   using Params = SmallParams<Out>;
@@ -42,26 +42,36 @@ struct Small {
     Barrier full[stages], empty[stages];
   };
 
+  // One tile of the result, and this block's part of k.
   struct Work {
-    int batch, b_batch, row, column, first_k, last_k, rank;
+    int batch, b_batch, row, column, first_k, last_k;
   };
 
-  DEVICE static Work work(const Params& p) {
-    int rank = cluster_rank(), tile = block_index() / p.parts;
-    int m_tiles = ceil_div(p.m, tile_m), per_batch = p.n_tiles * m_tiles;
+  DEVICE static int tiles(const Params& p) { return p.batch * static_cast<int>(ceil_div(p.m, tile_m)) * p.n_tiles; }
+
+  DEVICE static Work work(const Params& p, int tile) {
+    int rank = p.parts == 1 ? 0 : cluster_rank(), m_tiles = ceil_div(p.m, tile_m), per_batch = p.n_tiles * m_tiles;
     int batch = tile / per_batch, in_batch = tile % per_batch;
     return {batch,
             p.b_batch == 1 ? 0 : batch,
             in_batch % m_tiles * tile_m,
             in_batch / m_tiles * tile_n,
             static_cast<int>(int64_t(p.k_blocks) * rank / p.parts),
-            static_cast<int>(int64_t(p.k_blocks) * (rank + 1) / p.parts),
-            rank};
+            static_cast<int>(int64_t(p.k_blocks) * (rank + 1) / p.parts)};
+  }
+
+  // A role's way through its tiles: f gets the work and the stage to go on with.
+  template <typename F>
+  DEVICE static void for_tiles(const Params& p, F&& f) {
+    At at;
+    for (int tile = block_index() / p.parts; tile < tiles(p); tile += grid_size() / p.parts) f(work(p, tile), at);
   }
 
   DEVICE static void run(const Params& p, Smem& s) {
     int warp = warp_index();
     if (warp == 0 && elect()) {
+      prefetch_tensormap(p.a);
+      prefetch_tensormap(p.b);
       for (int i = 0; i < stages; ++i) {
         mbarrier_init(s.full[i], 1 + warp_size);  // the copies of tiles and of scales
         mbarrier_init(s.empty[i], 4);             // the math warps
@@ -69,24 +79,33 @@ struct Small {
       fence_mbarrier_init();
     }
     bar_sync(0, threads);
-    Work w = work(p);
     if (warp == 4) {
-      if (elect()) produce_tiles(p, s, w);
+      if (elect()) for_tiles(p, [&](Work w, At& at) { produce_tiles(p, s, w, at); });
       syncwarp();
     } else if (warp == 5) {
-      produce_scales(p, s, w);
+      for_tiles(p, [&](Work w, At& at) { produce_scales(p, s, w, at); });
+      cp_async_commit_group();
+      cp_async_wait_group<0>();
     } else {
-      multiply(p, s, w);
+      for_tiles(p, [&](Work w, At& at) {
+        multiply(p, s, w, at);
+        if (p.parts == 1) {
+          bar_sync(1, warpgroup_size);
+          store_rows<false>(p, s, w);
+          bar_sync(1, warpgroup_size);
+        }
+      });
     }
+    if (p.parts == 1) return;
+    // Along k every block has one tile, whose parts are added up when all of them are there.
     barrier_cluster_arrive();
     barrier_cluster_wait();
-    if (warp < 4) add_parts(p, s, w);
+    if (warp < 4) store_rows<true>(p, s, work(p, block_index() / p.parts));
     barrier_cluster_arrive();  // nobody leaves while its part is read
     barrier_cluster_wait();
   }
 
-  DEVICE static void produce_tiles(const Params& p, Smem& s, Work w) {
-    At at;
+  DEVICE static void produce_tiles(const Params& p, Smem& s, Work w, At& at) {
     for (int k = w.first_k; k < w.last_k; ++k, at.advance()) {
       mbarrier_wait(s.empty[at.stage], at.phase ^ 1);
       mbarrier_arrive_expect_tx(s.full[at.stage], (tile_m + tile_n) * block_k);
@@ -95,8 +114,7 @@ struct Small {
     }
   }
 
-  DEVICE static void produce_scales(const Params& p, Smem& s, Work w) {
-    At at;
+  DEVICE static void produce_scales(const Params& p, Smem& s, Work w, At& at) {
     for (int k = w.first_k; k < w.last_k; ++k, at.advance()) {
       mbarrier_wait(s.empty[at.stage], at.phase ^ 1);
       copy_scales(s.a_scales[at.stage], p.a_scales, int64_t(w.batch) * p.k_blocks + k, w.row, p.m);
@@ -104,8 +122,6 @@ struct Small {
         copy_scales(s.b_scales[at.stage], p.b_scales, int64_t(w.b_batch) * p.k_blocks + k, w.column, p.n);
       cp_async_mbarrier_arrive(s.full[at.stage]);
     }
-    cp_async_commit_group();
-    cp_async_wait_group<0>();
   }
 
   // The scale of the tile's 64 rows of b.
@@ -114,11 +130,10 @@ struct Small {
     return load_global<float>(p.b_scales, row * p.k_blocks + k);
   }
 
-  DEVICE static void multiply(const Params& p, Smem& s, Work w) {
+  DEVICE static void multiply(const Params& p, Smem& s, Work w, At& at) {
     float totals[tile_m / 2];
 #pragma unroll
     for (int i = 0; i < tile_m / 2; ++i) totals[i] = 0;
-    At at;
     float next = 0;
     if (!b_rows && w.first_k < w.last_k) next = block_scale(p, w, w.first_k);
     for (int k = w.first_k; k < w.last_k; ++k, at.advance()) {
@@ -145,14 +160,21 @@ struct Small {
     for (int i = 0; i < tile_m / 2; ++i) store(s.part[fragment_column(i)][fragment_row(i)], totals[i]);
   }
 
-  // Each block of the cluster adds up its share of the rows: a warp takes a row, a lane two neighbouring columns.
-  DEVICE static void add_parts(const Params& p, Smem& s, Work w) {
-    for (int i = w.rank * 4 + thread_index() / warp_size; i < tile_m; i += p.parts * 4) {
+  // The sums of all blocks of the cluster, each block its share of the rows: a warp takes a row, a lane two neighbouring
+  // columns.
+  template <bool of_cluster>
+  DEVICE static void store_rows(const Params& p, Smem& s, Work w) {
+    int rank = of_cluster ? cluster_rank() : 0, parts = of_cluster ? p.parts : 1;
+    for (int i = rank * 4 + thread_index() / warp_size; i < tile_m; i += parts * 4) {
       int row = w.row + i, j = lane_index() * 2, column = w.column + j;
       if (row >= p.m || column >= p.n) continue;
       float low = 0, high = 0;
-      for (int rank = 0; rank < p.parts; ++rank) {
-        Pack<float, 2> part = load_cluster<2>(s.part[i][j], rank);
+      for (int r = 0; r < parts; ++r) {
+        Pack<float, 2> part;
+        if constexpr (of_cluster)
+          part = load_cluster<2>(s.part[i][j], r);
+        else
+          part = load_pack<2>(s.part[i][j]);
         low += part.item[0];
         high += part.item[1];
       }
