@@ -1,0 +1,532 @@
+"""What the Hopper kernels do on a Hopper GPU, in one run: `python -m benchmarks.gpu`.
+
+First that they are right: the value tests on the device, and the conformance program of the hardware layer. Then how
+fast they are, each against every alternative at hand. Without such a GPU it prints the plan (`--plan`).
+"""
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+# Before JAX takes most of the GPU's memory: the tests and torch need some too.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.experimental.layout import Format, Layout  # noqa: E402
+
+import jaxkern  # noqa: E402
+from benchmarks import common, kernels  # noqa: E402
+
+ROOT = pathlib.Path(__file__).parent.parent
+RESULT = ROOT / "benchmarks/results/gpu.json"
+TESTS = ["tests/test_gemm.py", "tests/test_quantize.py", "tests/test_contract.py"]
+CONFORMANCE = "tests/sim/conformance.cu"
+
+HOPPER = "9.0"  # compute capability
+FLUSH_BYTES = 1 << 30  # written before every call: past any L2, and long enough for the host to run ahead
+INPUTS = 3  # sets of random inputs, in turn
+SAMPLES = 25
+MOST_DIFFERENCE = 1e-3  # of `difference`, between our product and the dequantised one
+BF16 = jnp.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One way to compute a case. `pick` takes its arguments from the case's tensors, for torch too."""
+
+    run: Callable
+    pick: Callable[[dict], tuple]
+    fp8: bool = True  # its product runs at the FP8 rate, twice that of bfloat16
+    torch: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    family: str
+    name: str
+    shape: str
+    flops: int
+    tensors: Callable[[int], dict]  # random, by seed
+    forms: dict[str, Form]  # "ours" first
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One form of one case. gain, on ours alone: the best alternative's time over ours, so more is better."""
+
+    name: str
+    shape: str
+    form: str
+    us: float | None = None
+    tflops: float | None = None
+    gbytes: float | None = None
+    copy_fraction: float | None = None
+    matrix_fraction: float | None = None
+    gain: float | None = None
+    best_alternative: str | None = None
+    difference: float | None = None
+    skipped: str | None = None
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
+    parser.add_argument("--plan", action="store_true", help="print what would run, and run nothing")
+    parser.add_argument("--family", choices=["gemm", "quantize"], help="time this one alone")
+    parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--no-tests", action="store_true", help="timings alone")
+    parser.add_argument("--json", type=pathlib.Path, help="write the results to this file")
+    parser.add_argument("--commit", action="store_true", help="write the results to benchmarks/results")
+    options = parser.parse_args(argv)
+    plan = cases(options.family, options.quick)
+
+    why_not = why_no_hopper()
+    if options.plan or why_not:
+        if why_not:
+            print(f"Nothing can be measured here: {why_not}. This is what would run on a Hopper GPU.")
+        print_plan(plan, not options.no_tests)
+        return 0
+
+    record = {"machine": machine(), "checks": {}, "rows": []}
+    if not options.no_tests:
+        record["checks"] = {"value tests": value_tests(), "conformance": conformance()}
+        for name, outcome in record["checks"].items():
+            print(f"{name}: {outcome}")
+    clock = Clock()
+    record["machine"] |= speed(clock)
+    print(json.dumps(record["machine"], indent=1))
+    print_rows(heading=True)
+    for case in plan:
+        rows = measure(case, clock, record["machine"])
+        print_rows(rows)
+        record["rows"] += map(dataclasses.asdict, rows)
+    for path in [options.json] * bool(options.json) + [RESULT] * options.commit:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+    wrong = [f"{name}: {outcome}" for name, outcome in record["checks"].items() if outcome.startswith("failed")]
+    wrong += [
+        f"{row['name']} {row['shape']}: differs by {row['difference']:.2g}"
+        for row in record["rows"]
+        if row["difference"] is not None and not row["difference"] < MOST_DIFFERENCE
+    ]
+    for line in wrong:
+        print(f"WRONG: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def why_no_hopper() -> str:
+    try:
+        found = jax.devices("cuda")
+    except RuntimeError:
+        return f"JAX {jax.__version__} sees no NVIDIA GPU"
+    if found[0].compute_capability != HOPPER:
+        return f"{found[0].device_kind} has compute capability {found[0].compute_capability}, and Hopper is {HOPPER}"
+    return ""
+
+
+# ---- what runs ----
+
+
+def cases(family: str | None, quick: bool) -> list[Case]:
+    found = []
+    if family != "quantize":
+        weights = [(2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]
+        for n, k in weights[5:6] if quick else weights:
+            found += [gemm_case(m, n, k) for m in ((64, 4096) if quick else (1, 16, 64, 128, 4096))]
+    if family != "gemm":
+        found += [quantize_case(4096, 7168, block_shape) for block_shape in ((1, 128), (128, 128))]
+    return found
+
+
+def gemm_case(m: int, n: int, k: int) -> Case:
+    def tensors(seed):
+        key_a, key_b = jax.random.split(jax.random.key(seed))
+        a, b = jax.random.normal(key_a, (m, k), BF16), jax.random.normal(key_b, (n, k), BF16)
+        # By the reference: what is measured must not depend on another of our kernels.
+        a8 = jaxkern.quantize(a, implementation="xla")
+        return {"a": a, "b": b, "a8": a8, "b8": jaxkern.quantize(b, (128, 128), implementation="xla")}
+
+    def scaled(t):
+        return t["a8"], t["b8"]
+
+    def values(t):
+        return t["a8"].values, t["b8"].values
+
+    ours = functools.partial(jaxkern.gemm, implementation="cuda")
+    return Case(
+        "gemm",
+        "gemm fp8 x fp8",
+        f"{m}x{n}x{k}",
+        2 * m * n * k,
+        tensors,
+        {
+            "ours": Form(ours, scaled),
+            "dequantise, bf16 dot": Form(dequantised_dot, scaled, fp8=False),
+            "jax.nn.scaled_matmul": Form(scaled_matmul, scaled),
+            "XLA fp8 dot, no scales": Form(product, values),
+            "XLA bf16 dot": Form(product, lambda t: (t["a"], t["b"]), fp8=False),
+            "torch fp8, one scale": Form(torch_per_tensor, values, torch=True),
+            "torch fp8, block scales": Form(torch_blocks, scaled, torch=True),
+        },
+    )
+
+
+def quantize_case(m: int, k: int, block_shape: tuple[int, int]) -> Case:
+    def form(implementation):
+        run = functools.partial(jaxkern.quantize, block_shape=block_shape, implementation=implementation)
+        return Form(run, lambda t: (t["x"],), fp8=False)
+
+    return Case(
+        "quantize",
+        f"quantize {block_shape[0]}x{block_shape[1]}",
+        f"{m}x{k}",
+        3 * m * k,
+        lambda seed: {"x": jax.random.normal(jax.random.key(seed), (m, k), BF16)},
+        {"ours": form("cuda"), "XLA": form("xla")},
+    )
+
+
+def product(a, b):
+    contract_k = (((1,), (1,)), ((), ()))
+    return jax.lax.dot_general(a, b, contract_k, preferred_element_type=BF16)
+
+
+def dequantised_dot(a, b):
+    return product(*(jaxkern.dequantize(x, BF16, implementation="xla") for x in (a, b)))
+
+
+def scaled_matmul(a, b):
+    b_scales = jnp.repeat(b.scales, 128, axis=0)[: b.shape[0]]
+    arrays = (a.values, b.values, a.scales, b_scales)
+    return jax.nn.scaled_matmul(*(x[None] for x in arrays), preferred_element_type=BF16)[0]
+
+
+def torch_per_tensor(a, b):
+    import torch
+
+    one = torch_one()
+    return torch._scaled_mm(a, b.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+def torch_blocks(a, a_scales, b, b_scales):
+    import torch
+
+    return torch._scaled_mm(a, b.t(), scale_a=a_scales, scale_b=b_scales.t(), out_dtype=torch.bfloat16)
+
+
+# ---- the clock ----
+
+
+class Clock:
+    """Times a call on the GPU: flush, event, call, event.
+
+    Each is an execution of its own, and each takes an operand that the one before it made, so that none can overtake.
+    While the GPU flushes, the host launches the others; a sample for which it was too late, so that the GPU may have
+    waited inside the interval, does not count.
+    """
+
+    def __init__(self):
+        from jaxkern import _cuda
+
+        jax.ffi.register_ffi_target("jaxkern.event.v1", _cuda.event_handler(), platform="CUDA")
+        self.elapsed_ms = _cuda.elapsed_ms
+        token = jax.ShapeDtypeStruct((1,), jnp.uint8)
+
+        def event(index):
+            call = jax.ffi.ffi_call("jaxkern.event.v1", token, has_side_effect=True)
+            return jax.jit(lambda x: call(x, index=np.int64(index)))
+
+        self.event = [event(i) for i in range(3)]
+        # In place, and written anew each time.
+        self.flush = jax.jit(lambda x: x + np.uint8(1), donate_argnums=0)
+        self.dirty = jnp.zeros(FLUSH_BYTES, jnp.uint8)
+        self.flush_ms = 0.0
+        for _ in range(3):
+            before = self.event[2](self.dirty)
+            self.dirty = self.flush(self.dirty)
+            jax.block_until_ready((before, self.event[0](self.dirty)))
+            self.flush_ms = self.elapsed_ms(2, 0)
+        self.samples_late = 0
+
+    def jax(self, run: Callable, inputs: list[tuple]) -> Callable[[int], float | None]:
+        """A function of the sample's number that gives its milliseconds, None if the host was late."""
+
+        def after(token, *args):
+            return run(*args)
+
+        # In the layouts that the program wants, whoever's program it is: a transposition is not what is compared.
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (jnp.zeros(1, jnp.uint8), *inputs[0]))
+        program = jax.jit(after, in_shardings=Format(Layout.AUTO), keep_unused=True).lower(*shapes).compile()
+        formats = program.input_formats[0]
+        inputs = [jax.block_until_ready(jax.tree.map(jax.device_put, args, tuple(formats[1:]))) for args in inputs]
+
+        def sample(i):
+            args = inputs[i % len(inputs)]
+            begin = time.perf_counter()
+            self.dirty = self.flush(self.dirty)
+            results = program(self.event[0](self.dirty), *args)
+            end = self.event[1](jax.tree.leaves(results)[0])
+            launched_ms = (time.perf_counter() - begin) * 1e3
+            jax.block_until_ready(end)
+            return self._counted(launched_ms, self.elapsed_ms(0, 1))
+
+        return sample
+
+    def torch(self, run: Callable, inputs: list[tuple]) -> Callable[[int], float | None]:
+        import torch
+
+        inputs = [tuple(map(to_torch, jax.tree.leaves(args))) for args in inputs]
+        if len(inputs[0]) == 4:  # the scales of a with m contiguous, as cuBLAS asks for them
+            inputs = [(a, a_scales.t().contiguous().t(), b, b_scales) for a, a_scales, b, b_scales in inputs]
+        dirty = torch_dirty()
+        begin_event, end_event = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+        def sample(i):
+            args = inputs[i % len(inputs)]
+            begin = time.perf_counter()
+            dirty.add_(1)
+            begin_event.record()
+            run(*args)
+            end_event.record()
+            launched_ms = (time.perf_counter() - begin) * 1e3
+            end_event.synchronize()
+            return self._counted(launched_ms, begin_event.elapsed_time(end_event))
+
+        return sample
+
+    def _counted(self, launched_ms, ms):
+        if launched_ms < self.flush_ms:
+            return ms
+        self.samples_late += 1
+        return None
+
+
+def medians(samplers: dict[str, Callable], count: int = SAMPLES) -> dict[str, float | None]:
+    """Median milliseconds, the functions taking turns; None where the host was late too often."""
+    times = {name: [] for name in samplers}
+    for sample in samplers.values():
+        for i in range(INPUTS):
+            sample(i)
+    for i in range(4 * count):
+        for name, sample in samplers.items():
+            if len(times[name]) < count and (ms := sample(i)) is not None:
+                times[name].append(ms)
+    return {name: statistics.median(t) if len(t) == count else None for name, t in times.items()}
+
+
+def measure(case: Case, clock: Clock, machine: dict) -> list[Row]:
+    tensors = [case.tensors(seed) for seed in range(INPUTS)]
+    samplers, skipped, moved, results = {}, {}, {}, {}
+    for label, form in case.forms.items():
+        inputs = [form.pick(t) for t in tensors]
+        try:
+            samplers[label] = (clock.torch if form.torch else clock.jax)(form.run, inputs)
+            samplers[label](0)
+            out = None if form.torch else jax.jit(form.run)(*inputs[0])
+        except Exception as error:  # an alternative that this machine has not got must not end the run
+            samplers.pop(label, None)
+            skipped[label] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+            continue
+        results[label] = out
+        out_bytes = common.nbytes(out) if out is not None else moved_out(case)
+        moved[label] = common.nbytes(inputs[0]) + out_bytes
+    ms = medians(samplers)
+    skipped |= {label: "the host was late too often" for label, t in ms.items() if t is None}
+    ms = {label: t for label, t in ms.items() if t is not None}
+    others = {label: t for label, t in ms.items() if label != "ours"}
+    best = min(others, key=others.__getitem__, default=None)
+    rows = []
+    for label, form in case.forms.items():
+        if label in skipped:
+            rows.append(Row(case.name, case.shape, label, skipped=skipped[label]))
+            continue
+        seconds, is_ours = ms[label] * 1e-3, label == "ours"
+        rows.append(
+            Row(
+                name=case.name,
+                shape=case.shape,
+                form=label,
+                us=seconds * 1e6,
+                tflops=case.flops / seconds / 1e12,
+                gbytes=moved[label] / seconds / 1e9,
+                copy_fraction=moved[label] / seconds / machine["copy_bytes_per_s"],
+                matrix_fraction=case.flops / seconds / (machine["bf16_flops_per_s"] * (2 if form.fp8 else 1)),
+                gain=ms[best] / ms[label] if is_ours and best else None,
+                best_alternative=best if is_ours else None,
+                difference=compare(case, results) if is_ours else None,
+            )
+        )
+    return rows
+
+
+def moved_out(case: Case) -> int:
+    m, n, _ = map(int, case.shape.split("x"))
+    return m * n * 2
+
+
+def compare(case: Case, results: dict) -> float | None:
+    """The difference of ours from the plainest form."""
+    other = results.get("dequantise, bf16 dot" if case.family == "gemm" else "XLA")
+    if other is None:
+        return None
+    pair = (results["ours"], other)
+    if case.family == "quantize":
+        pair = [jaxkern.dequantize(x, implementation="xla") for x in pair]
+    return float(difference(*pair))
+
+
+@jax.jit
+def difference(x, y):
+    """0 where they agree: DeepGEMM's measure."""
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    return 1 - 2 * (x * y).sum() / (x * x + y * y).sum()
+
+
+# ---- torch ----
+
+
+def to_torch(x: jax.Array):
+    """The same bytes as a tensor on torch's GPU; through the host, as DLPack has no FP8 everywhere."""
+    import torch
+
+    dtype = {"float8_e4m3fn": torch.float8_e4m3fn, "float32": torch.float32}[x.dtype.name]
+    return torch.from_numpy(np.asarray(x).view(np.uint8).copy()).cuda().view(dtype)
+
+
+@functools.cache
+def torch_dirty():
+    import torch
+
+    return torch.zeros(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+
+
+@functools.cache
+def torch_one():
+    import torch
+
+    return torch.ones((), device="cuda")
+
+
+# ---- the machine ----
+
+
+def machine() -> dict:
+    device = jax.devices("cuda")[0]
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split("\n")[0]
+    except (OSError, subprocess.CalledProcessError):
+        driver = "unknown"
+    try:
+        import torch
+
+        torch_version = torch.__version__
+    except ImportError:
+        torch_version = None
+    return {
+        "device": device.device_kind,
+        "driver": driver,
+        "platform": device.client.platform_version.strip(),
+        "jax": jax.__version__,
+        "jaxkern": jaxkern.__version__,
+        "torch": torch_version,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def speed(clock: Clock) -> dict:
+    """What this GPU reaches, as the rows are measured: memory copy (bytes read + written), bfloat16 matrix product."""
+    size, n = 1 << 28, 8192
+    floats = [(jnp.full(size, seed, jnp.float32),) for seed in range(2)]
+    square = [tuple(jax.random.normal(jax.random.key(2 * s + i), (n, n), BF16) for i in range(2)) for s in range(2)]
+    nothing = [(jnp.zeros(1),)]
+    samplers = {
+        "copy": clock.jax(lambda x: x * 2, floats),
+        "product": clock.jax(product, square),
+        "nothing": clock.jax(lambda x: x + 1, nothing),
+    }
+    ms = medians(samplers)
+    return {
+        "copy_bytes_per_s": 2 * size * 4 / (ms["copy"] * 1e-3),
+        "bf16_flops_per_s": 2 * n**3 / (ms["product"] * 1e-3),
+        "smallest_kernel_us": ms["nothing"] * 1e3,  # what the method itself adds, in every row
+        "flush_us": clock.flush_ms * 1e3,
+    }
+
+
+# ---- whether it is right ----
+
+
+def value_tests() -> str:
+    """The value tests, with our ops' best implementation replaced by the kernels for the GPU."""
+    env = {**os.environ, "JAXKERN_TEST_IMPLEMENTATION": "cuda"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *TESTS], cwd=ROOT, env=env, capture_output=True, text=True
+    )
+    if done.returncode:
+        print(done.stdout[-4000:], done.stderr[-2000:])
+    lines = done.stdout.strip().splitlines() or ["no output"]
+    return f"{'failed' if done.returncode else 'passed'}: {lines[-1]}"
+
+
+def conformance() -> str:
+    """Every function of the hardware layer against what the simulator says of it: a program that returns 0 if so."""
+    if not (ROOT / CONFORMANCE).exists():
+        return f"not run: there is no {CONFORMANCE}"
+    nvcc, why_not = kernels.find_nvcc()
+    if why_not:
+        return f"not run: {why_not}"
+    with tempfile.TemporaryDirectory() as folder:
+        program = f"{folder}/conformance"
+        for command in ([nvcc, *kernels.FLAGS.split(), CONFORMANCE, "-o", program], [program]):
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+            if done.returncode:
+                print(done.stdout[-4000:], done.stderr[-4000:])
+                return f"failed: {os.path.basename(command[0])} returned {done.returncode}"
+    lines = done.stdout.strip().splitlines() or ["no output"]
+    return f"passed: {lines[-1]}"
+
+
+# ---- what is printed ----
+
+
+def print_plan(plan: list[Case], tests: bool):
+    if tests:
+        print(f"value tests: {' '.join(TESTS)}, on the GPU")
+        print(f"conformance: {CONFORMANCE}, compiled by nvcc, on the GPU")
+    for case in plan:
+        print(f"{case.name:16} {case.shape:17} {' | '.join(case.forms)}")
+    calls = sum(len(case.forms) for case in plan)
+    print(f"{len(plan)} cases, {calls} rows: each the median of {SAMPLES}, {FLUSH_BYTES >> 20} MiB written before each")
+
+
+def print_rows(rows: list[Row] = (), heading: bool = False):
+    if heading:
+        numbers = f"{'us':>9} {'TFLOP/s':>8} {'GB/s':>6} {'copy':>5} {'matrix':>6} {'gain':>5}"
+        print(f"{'op':16} {'shape':17} {'form':24} {numbers}")
+    for row in rows:
+        start = f"{row.name:16} {row.shape:17} {row.form:24}"
+        if row.skipped:
+            print(f"{start} skipped: {row.skipped}")
+            continue
+        numbers = (
+            f"{row.us:9.1f} {row.tflops:8.1f} {row.gbytes:6.0f} {row.copy_fraction:5.2f} {row.matrix_fraction:6.2f}"
+        )
+        gain = f"{row.gain:5.2f} {row.best_alternative}" if row.gain else ""
+        print(f"{start} {numbers} {gain}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
