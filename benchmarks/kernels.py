@@ -260,7 +260,7 @@ def short_name(name: str) -> str:
 
     void jaxkern::cuda::entry<jaxkern::cuda::gemm::Kernel<64, true> >(...) is Gemm<64, true>.
     """
-    name = name.replace("(anonymous namespace)::", "").replace("jaxkern::cuda::", "").replace("> >", ">>")
+    name = re.sub(r"\(anonymous namespace\)::|jaxkern::cuda::(kernels::)?", "", name).replace("> >", ">>")
     if m := re.match(r"void entry<(.*)>\(", name):
         name = m[1].rstrip()
     return re.sub(r"^(\w)(\w*)::Kernel\b", lambda m: m[1].upper() + m[2], name.replace("> >", ">>"))

@@ -137,8 +137,8 @@ def test_sass():
             "Gemm<128, (Float)1, true>",
         ),
         (
-            "void jaxkern::cuda::entry<jaxkern::cuda::Dense<64, jaxkern::cuda::Pair<float> > >"
-            "(jaxkern::cuda::Dense<64, jaxkern::cuda::Pair<float> >::Params)",
+            "void jaxkern::cuda::entry<jaxkern::cuda::kernels::Dense<64, jaxkern::cuda::Pair<float> > >"
+            "(jaxkern::cuda::kernels::Dense<64, jaxkern::cuda::Pair<float> >::Params)",
             "Dense<64, Pair<float>>",
         ),
         (
