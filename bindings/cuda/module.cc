@@ -33,13 +33,26 @@ NB_MODULE(_sim, m) {
     JAXKERN_HANDLERS(JAXKERN_ADD)
     return handlers;
   });
-  m.def("configure", jaxkern::cuda::sim::configure, "seed"_a = 0, "hardware_sums"_a = false);
+  using jaxkern::cuda::sim::Settings;
+  m.def(
+      "configure",
+      [](uint64_t seed, bool hardware_sums, int multiprocessors) {
+        jaxkern::cuda::sim::configure({seed, hardware_sums, multiprocessors});
+      },
+      "seed"_a = Settings{}.seed, "hardware_sums"_a = Settings{}.hardware_sums,
+      "multiprocessors"_a = Settings{}.multiprocessors);
   m.def("statistics", jaxkern::cuda::sim::statistics);
+  m.def("clear_statistics", jaxkern::cuda::sim::clear_statistics);
 }
 
 #else
 
+namespace jaxkern {
+void bind_timing(nb::module_& m);
+}
+
 NB_MODULE(_cuda, m) {
+  jaxkern::bind_timing(m);
   m.def("handlers", [] {
     nb::dict handlers, stages;
 #define JAXKERN_ADD(name, version)                                \

@@ -96,7 +96,8 @@ void start_store(const char* what, uint32_t address, int bytes, const Where& whe
   if (bytes <= 0 || bytes % 16) fail(where, text("%s of %d bytes, no multiple of 16", what, bytes));
   m.at(block, address, bytes, 16, what, where);
   m.check_read(block, address, bytes, thread, true, what, where);
-  m.add_readers(block, address, bytes, 1, where);
+  uint16_t line = m.site(where);
+  m.add_readers(block, address, bytes, 1, line);
   copy_end(block, thread, bytes);
   auto o = operation(what, where);
   o->block = &block;
@@ -107,7 +108,7 @@ void start_store(const char* what, uint32_t address, int bytes, const Where& whe
   o->steps.push_back([=, &m, &block] {
     const uint8_t* source = block.shared + (address - shared_base);
     staged->assign(source, source + bytes);
-    m.add_readers(block, address, bytes, -1, where);
+    m.add_readers(block, address, bytes, -1, line);
   });
   o->steps.push_back([=] { write(*staged); });
   thread.bulk.push_back(o);

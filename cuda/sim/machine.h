@@ -249,7 +249,7 @@ class Machine {
   void note_write(Block& block, uint32_t address, int bytes, int component, uint32_t epoch, uint32_t fences,
                   bool by_copy_engine, const Where& where);
   void set_in_flight(Block& block, uint32_t address, int bytes, bool in_flight, const Where& where);
-  void add_readers(Block& block, uint32_t address, int bytes, int change, const Where& where);
+  void add_readers(Block& block, uint32_t address, int bytes, int change, uint16_t site);
   Mbarrier& mbarrier(uint32_t address, const Where& where);
   void complete_bytes(Mbarrier& barrier, int64_t bytes, double time, const Where& where);
   void arrive(Mbarrier& barrier, const Clock& clock, double time, const Where& where);

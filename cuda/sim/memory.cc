@@ -92,6 +92,7 @@ void Machine::note_read(Block& block, uint32_t address, int bytes, Thread& threa
 void Machine::note_write(Block& block, uint32_t address, int bytes, int component, uint32_t epoch, uint32_t fences,
                          bool by_copy_engine, const Where& where) {
   uint32_t first = address - shared_base;
+  uint16_t line = site(where);
   for (uint32_t i = first / 4; i <= (first + bytes - 1) / 4; ++i) {
     Word& word = block.words[i];
     uint32_t begin = std::max(first, i * 4) - i * 4, end = std::min(first + bytes, i * 4 + 4) - i * 4;
@@ -100,7 +101,7 @@ void Machine::note_write(Block& block, uint32_t address, int bytes, int componen
     word.epoch = epoch;
     word.fences = fences;
     word.by_copy_engine = by_copy_engine;
-    word.site = site(where);
+    word.site = line;
   }
 }
 
@@ -114,9 +115,8 @@ void Machine::set_in_flight(Block& block, uint32_t address, int bytes, bool in_f
   if (in_flight) memset(block.shared + first, 0xff, bytes);
 }
 
-void Machine::add_readers(Block& block, uint32_t address, int bytes, int change, const Where& where) {
+void Machine::add_readers(Block& block, uint32_t address, int bytes, int change, uint16_t line) {
   uint32_t first = address - shared_base;
-  uint16_t line = site(where);
   for (uint32_t i = first / 16; i <= (first + bytes - 1) / 16; ++i) {
     block.readers[i] += change;
     block.reader_sites[i] = line;

@@ -152,11 +152,12 @@ void wgmma(Format format, int n, float* d, const uint32_t* a_fragment, uint64_t 
       for (int r = 0; r < n; ++r)
         for (int piece = 0; piece < 2; ++piece) b_pieces.push_back(matrix.piece(r, piece));
     }
+    uint16_t line = m.site(where);
     for (auto* pieces : {&a_pieces, &b_pieces})
       for (uint32_t piece : *pieces) {
         m.at(block, piece, 16, 16, "wgmma", where);
         m.check_read(block, piece, 16, *warp.threads[0], true, "wgmma", where);
-        m.add_readers(block, piece, 16, 1, where);
+        m.add_readers(block, piece, 16, 1, line);
       }
 
     // The accumulators go into a shadow; whoever uses the registers now finds NaNs.
@@ -229,7 +230,7 @@ void wgmma(Format format, int n, float* d, const uint32_t* a_fragment, uint64_t 
       else
         multiply(left, right, values, n, k);
       for (auto* pieces : {&a_pieces, &b_pieces})
-        for (uint32_t piece : *pieces) m.add_readers(block, piece, 16, -1, where);
+        for (uint32_t piece : *pieces) m.add_readers(block, piece, 16, -1, line);
       --accumulator->pending;
     });
     // The model of speed: 64 rows of n columns take n / 2 cycles, a quarter of them on each of the four tensor cores.
