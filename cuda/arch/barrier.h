@@ -81,14 +81,15 @@ DEVICE void bar_arrive(int name, int threads AND_WHERE) {
   SIM(sim::bar(name, threads, false, where);)
 }
 
-// barrier.cluster: all threads of the cluster's blocks. PTX 9.7.13.3.
+// barrier.cluster: all threads of the cluster's blocks. Not .aligned, which is an illegal instruction for a warp that has
+// not come together again after a loop, as after a wait. PTX 9.7.13.3.
 DEVICE void barrier_cluster_arrive(WHERE) {
-  PTX(asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");)
+  PTX(asm volatile("barrier.cluster.arrive.release;" ::: "memory");)
   SIM(sim::barrier_cluster_arrive(where);)
 }
 
 DEVICE void barrier_cluster_wait(WHERE) {
-  PTX(asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");)
+  PTX(asm volatile("barrier.cluster.wait.acquire;" ::: "memory");)
   SIM(sim::barrier_cluster_wait(where);)
 }
 
