@@ -4,6 +4,7 @@
 //     static std::string name();                    // for reports and tables
 //     static constexpr int threads = 128;           // of a block
 //     static constexpr int registers = 168;         // of a thread at launch; only for kernels that use setmaxnreg
+//     static constexpr int resident = 2;            // blocks that the registers of a multiprocessor must hold; else 1
 //     struct Params { ... };                        // passed by value, as a grid constant
 //     struct Smem { ... };                          // the block's shared memory
 //     DEVICE static void run(const Params& params, Smem& shared) { ... }
@@ -23,6 +24,14 @@ constexpr int registers_of() {
     return K::registers;
   else
     return 0;
+}
+
+template <typename K>
+constexpr int resident_of() {
+  if constexpr (requires { K::resident; })
+    return K::resident;
+  else
+    return 1;
 }
 
 #ifdef JAXKERN_SIM
@@ -55,7 +64,7 @@ inline int multiprocessors() { return sim::multiprocessors(); }
 #else
 
 template <typename K>
-__global__ void __launch_bounds__(K::threads, 1) entry(const __grid_constant__ typename K::Params params) {
+__global__ void __launch_bounds__(K::threads, resident_of<K>()) entry(const __grid_constant__ typename K::Params params) {
   extern __shared__ __align__(1024) unsigned char shared[];
   K::run(params, *reinterpret_cast<typename K::Smem*>(shared));
 }

@@ -62,4 +62,23 @@ DEVICE float div(float x, float y) {
   SIM(return x / y;)
 }
 
+// rcp.rn: 1 / x, correctly rounded. PTX 9.7.3.13.
+DEVICE float rcp(float x) {
+  PTX(return __frcp_rn(x);)
+  SIM(return 1 / x;)
+}
+
+// fma.rn: x y + z, rounded once, whatever the compiler's flags. PTX 9.7.3.6.
+DEVICE float fma(float x, float y, float z) {
+  PTX(return __fmaf_rn(x, y, z);)
+  SIM(return std::fma(x, y, z);)
+}
+
+// max.u16x2: of the two halves each. PTX 9.7.1.14.
+DEVICE uint32_t max_u16x2(uint32_t x, uint32_t y) {
+  PTX(uint32_t z; asm("max.u16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y)); return z;)
+  SIM(uint32_t low = (x & 0xffff) > (y & 0xffff) ? x & 0xffff : y & 0xffff;
+      uint32_t high = x >> 16 > y >> 16 ? x >> 16 : y >> 16; return high << 16 | low;)
+}
+
 }  // namespace jaxkern::cuda
