@@ -36,7 +36,7 @@ DEVICE void prefetch_tensormap(const TensorMap& map) {
 }
 
 // cp.async.bulk.tensor: the box of `map` at `at` (innermost first) into shared memory; its bytes, also of what lies beyond
-// the tensor, are counted on `barrier`. By one thread. PTX 9.7.9.27.1.
+// the tensor, are counted on `barrier`. By one thread. at[0] must be a multiple of 16 bytes. PTX 9.7.9.27.1.
 template <int rank>
 DEVICE void cp_async_bulk_tensor(void* destination, const TensorMap& map, const int (&at)[rank],
                                  Barrier& barrier AND_WHERE) {
@@ -78,7 +78,8 @@ DEVICE void cp_async_bulk_tensor_multicast(void* destination, const TensorMap& m
   SIM(sim::tensor_load(shared_address(destination), map, at, rank, shared_address(&barrier), blocks, where);)
 }
 
-// cp.async.bulk.tensor from shared memory to the box of `map` at `at`. By one thread; bulk_commit_group follows.
+// cp.async.bulk.tensor from shared memory to the box of `map` at `at`, none of it negative. By one thread;
+// bulk_commit_group follows.
 template <int rank>
 DEVICE void cp_async_bulk_tensor_store(const TensorMap& map, const int (&at)[rank], const void* source AND_WHERE) {
   static_assert(rank == 2 || rank == 3);

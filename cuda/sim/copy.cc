@@ -48,8 +48,11 @@ void for_rows(const TensorMap& map, const std::array<int, 3>& at, F&& f) {
     }
 }
 
-void check_box(const TensorMap& map, int rank, uint32_t address, const char* what, const Where& where) {
+void check_box(const TensorMap& map, const int* at, int rank, uint32_t address, const char* what, const Where& where) {
   if (map.rank != rank) fail(where, text("%s of rank %d with a tensor map of rank %d", what, rank, map.rank));
+  // To an H200 this is an illegal instruction; the ISA does not tell.
+  if (at[0] * map.element_bytes % 16)
+    fail(where, text("%s from element %d of the innermost axis, no multiple of 16 bytes", what, at[0]));
   int alignment = map.swizzle ? 128 << map.swizzle : 128;
   if (address % alignment)
     fail(where, text("%s at shared %#x is not aligned to %d bytes, as its swizzle needs", what, address, alignment));
@@ -147,7 +150,7 @@ std::string tensor_map(TensorMap& map, const void* base, int element_bytes, bool
 void tensor_load(uint32_t destination, const TensorMap& map, const int* at, int rank, uint32_t barrier, uint16_t blocks,
                  Where where) {
   Machine& m = machine();
-  check_box(map, rank, destination, "cp.async.bulk.tensor", where);
+  check_box(map, at, rank, destination, "cp.async.bulk.tensor", where);
   std::array<int, 3> corner{at[0], at[1], rank == 3 ? at[2] : 0};
   if (blocks >> m.blocks_.size()) fail(where, text("multicast to blocks %#x of a cluster of %zu", blocks, m.blocks_.size()));
   for (int rank = 0; rank < static_cast<int>(m.blocks_.size()); ++rank) {
@@ -180,9 +183,11 @@ void tensor_load(uint32_t destination, const TensorMap& map, const int* at, int 
 void tensor_store(const TensorMap& map, const int* at, int rank, uint32_t source, bool add, Where where) {
   Machine& m = machine();
   const char* what = add ? "cp.reduce.async.bulk.tensor" : "cp.async.bulk.tensor";
-  check_box(map, rank, source, what, where);
+  check_box(map, at, rank, source, what, where);
   if (add && map.element_bytes == 1) fail(where, "cp.reduce.async.bulk.tensor.add of bytes");
   std::array<int, 3> corner{at[0], at[1], rank == 3 ? at[2] : 0};
+  if (std::min({corner[0], corner[1], corner[2]}) < 0)  // an illegal instruction to an H200
+    fail(where, text("%s to the negative coordinates %d, %d, %d", what, corner[0], corner[1], corner[2]));
   start_store(what, source, box_bytes(map), where, [=, &m](const std::vector<uint8_t>& staged) {
     for_rows(map, corner, [&](int row, int skip, int bytes, int64_t offset) {
       if (!bytes) return;

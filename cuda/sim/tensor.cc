@@ -1,5 +1,6 @@
 // The tensor cores: wgmma, done warp by warp, each warp its 16 rows.
 #include <algorithm>
+#include <climits>
 #include <cmath>
 
 #include "cuda/sim/machine.h"
@@ -76,25 +77,30 @@ __attribute__((target_clones("avx2,fma", "default"))) void multiply(const float*
   }
 }
 
-// The sum as the tensor cores form it: all products and the accumulator are cut to a common exponent, that of the largest.
+// x without the bits below 2^unit.
+double cut(double x, int unit) { return std::ldexp(std::trunc(std::ldexp(x, -unit)), unit); }
+
+// The sum as the tensor cores form it, as measured on an H200 (tests/sim/conformance.cu): all products and the accumulator
+// are cut to 13 bits after the largest exponent among them, a product's being the sum of its factors'; so is their sum.
 void multiply_as_hardware(const float* a, const float* b, float* d, int n, int k) {
-  constexpr int fraction_bits = 13;
+  constexpr int fraction_bits = 13, least_exponent = -6;  // of e4m3, its subnormals included
+  auto exponent = [](float x) { return std::max(std::ilogb(x), least_exponent); };
   for (int row = 0; row < 16; ++row)
     for (int column = 0; column < n; ++column) {
-      double terms[most_k + 1];
-      int largest = -1000;
-      bool finite = true;
-      for (int i = 0; i <= k; ++i) {
-        double term = i < k ? double(a[row * k + i]) * b[i * n + column] : d[row * n + column];
-        finite &= std::isfinite(term);
-        if (term != 0 && finite) largest = std::max(largest, std::ilogb(term));
-        terms[i] = term;
+      float& out = d[row * n + column];
+      int largest = out != 0 && std::isfinite(out) ? std::ilogb(out) : INT_MIN / 2;
+      bool finite = std::isfinite(out);
+      for (int i = 0; i < k; ++i) {
+        float x = a[row * k + i], y = b[i * n + column];
+        finite &= std::isfinite(x) && std::isfinite(y);
+        if (x != 0 && y != 0 && finite) largest = std::max(largest, exponent(x) + exponent(y));
       }
-      double sum = 0;
-      for (int i = 0; i <= k; ++i)
-        sum += finite ? std::ldexp(std::trunc(std::ldexp(terms[i], fraction_bits - largest)), largest - fraction_bits)
-                      : terms[i];
-      d[row * n + column] = static_cast<float>(sum);
+      double sum = finite ? cut(out, largest - fraction_bits) : out;
+      for (int i = 0; i < k; ++i) {
+        double product = double(a[row * k + i]) * b[i * n + column];
+        sum += finite ? cut(product, largest - fraction_bits) : product;
+      }
+      out = static_cast<float>(finite && sum != 0 ? cut(sum, std::ilogb(sum) - fraction_bits) : sum);
     }
 }
 
