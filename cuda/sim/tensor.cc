@@ -84,7 +84,7 @@ double cut(double x, int unit) { return std::ldexp(std::trunc(std::ldexp(x, -uni
 // are cut to 13 bits after the largest exponent among them, a product's being the sum of its factors'; so is their sum.
 void multiply_as_hardware(const float* a, const float* b, float* d, int n, int k) {
   constexpr int fraction_bits = 13, least_exponent = -6;  // of e4m3, its subnormals included
-  auto exponent = [](float x) { return std::max(std::ilogb(x), least_exponent); };
+  auto exponent = [=](float x) { return std::max(std::ilogb(x), least_exponent); };
   for (int row = 0; row < 16; ++row)
     for (int column = 0; column < n; ++column) {
       float& out = d[row * n + column];
