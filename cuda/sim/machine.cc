@@ -181,6 +181,7 @@ void Machine::make_block(int index, int rank) {
   block->readers.assign(bytes / 16, 0);
   block->reader_sites.assign(bytes / 16, 0);
   block->reads.assign(bytes / 16 * warps_, 0);
+  block->small_reads.resize(bytes / page_bytes + 1);
   block->warpgroups.resize((kernel_.threads + 127) / 128);
   block->free_registers = 65536 - kernel_.registers * kernel_.threads;
   for (int i = 0; i < kernel_.threads; ++i) {
@@ -350,10 +351,14 @@ void Machine::collective(const char* what, const Where& where, uint64_t in, void
 
 Clock Machine::join_lanes(Warp& warp) {
   Clock joined = warp.threads[0]->clock;
-  for (Thread* t : warp.threads) join(joined, t->clock);
+  uint32_t epoch = 0;
+  for (Thread* t : warp.threads) {
+    join(joined, t->clock);
+    epoch = std::max(epoch, t->clock[t->component]);
+  }
   for (Thread* t : warp.threads) {
     t->clock = joined;
-    release(*t);
+    t->clock[t->component] = epoch + 1;  // the same for all, so that their reads can be noted as one
   }
   return joined;
 }

@@ -19,6 +19,7 @@ namespace jaxkern::cuda::sim {
 
 constexpr int lanes = 32;
 constexpr uint32_t shared_base = 0x400;    // where a block's shared memory begins: the first KiB is the system's
+constexpr uint32_t page_bytes = 256;       // of what is known of small reads
 constexpr int rank_shift = 24;             // mapa's addresses: rank + 1 above the address
 constexpr float poison = __builtin_nanf("0x3b0b0");  // accumulators in flight; arithmetic keeps the payload
 
@@ -32,7 +33,7 @@ void join(Clock& clock, const Clock& other);
 
 // ---- shared memory and what is known of it ----
 
-struct Word {                // of 4 bytes: its last write
+struct Word {                // of 4 bytes: its last write, or what all its writers have in common
   uint32_t epoch = 0;        // of the component that wrote
   uint32_t fences = 0;       // of the writing thread, then
   uint16_t component = 0;
@@ -41,6 +42,7 @@ struct Word {                // of 4 bytes: its last write
   bool by_copy_engine = false;
   bool in_flight = false;    // a copy will write it
   bool is_barrier = false;
+  bool is_split = false;     // its bytes differ in who wrote them: see Block::split
 };
 
 struct Thread;
@@ -108,6 +110,7 @@ struct Operation {
   Block* block = nullptr;    // the shared memory that it reads or, for cp.async, writes
   uint32_t address = 0;
   int bytes = 0;
+  std::vector<uint32_t> pieces;  // of 16 bytes each, that a wgmma reads
   bool done() const { return steps.empty(); }
 };
 
@@ -147,7 +150,6 @@ struct Warp {
   std::deque<std::shared_ptr<Operation>> in_order;  // wgmmas, as the tensor cores will do them
   std::map<float*, std::shared_ptr<Accumulator>> accumulators;  // by lane 0's registers
   std::vector<Fragment> fragments;
-  std::vector<uint32_t> reads;  // the operands' 16-byte pieces in flight
   double operations_end = 0;
   size_t issued = 0;  // wgmmas, to compare with the other warps of the group
   int priority = 0, registers = 0;
@@ -174,7 +176,11 @@ struct Block {
   std::vector<Word> words;
   std::vector<uint16_t> readers;         // of each 16 bytes: asynchronous reads in flight
   std::vector<uint16_t> reader_sites;
-  std::vector<uint32_t> reads;           // of each 16 bytes and warp of the cluster: epoch << 5 | lane of the last read
+  std::map<uint32_t, std::array<Word, 4>> split;  // by word, its bytes
+  // The last reads by each warp of the cluster: epoch << 32 | lanes. Of each 16 bytes by accesses of at least as many; of
+  // each byte by smaller ones, in pages that exist once something was read there.
+  std::vector<uint64_t> reads;
+  std::vector<std::vector<uint64_t>> small_reads;
   std::map<uint32_t, std::unique_ptr<Mbarrier>> mbarriers;
   std::array<NamedBarrier, 16> named;
   std::vector<std::unique_ptr<Thread>> threads;
@@ -245,6 +251,7 @@ class Machine {
   void check_read(Block& block, uint32_t address, int bytes, Thread& thread, bool by_async_proxy, const char* what,
                   const Where& where);
   void check_write(Block& block, uint32_t address, int bytes, Thread& thread, const char* what, const Where& where);
+  void check_readers(uint64_t reads, int warp, uint32_t address, Thread& thread, const char* what, const Where& where);
   void note_read(Block& block, uint32_t address, int bytes, Thread& thread);
   void note_write(Block& block, uint32_t address, int bytes, int component, uint32_t epoch, uint32_t fences,
                   bool by_copy_engine, const Where& where);

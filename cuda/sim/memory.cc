@@ -27,66 +27,119 @@ uint8_t* Machine::at(Block& block, uint32_t address, int64_t bytes, int alignmen
   return block.shared + (address - shared_base);
 }
 
-void Machine::check_read(Block& block, uint32_t address, int bytes, Thread& thread, bool by_async_proxy, const char* what,
-                         const Where& where) {
+namespace {
+
+// For each word of an access, its bytes in the access and what is known of them: once, or byte by byte if they differ.
+template <typename F>
+void for_words(Block& block, uint32_t address, int bytes, F f) {
   uint32_t first = address - shared_base;
   for (uint32_t i = first / 4; i <= (first + bytes - 1) / 4; ++i) {
-    const Word& word = block.words[i];
     uint32_t begin = std::max(first, i * 4) - i * 4, end = std::min(first + bytes, i * 4 + 4) - i * 4;
-    uint8_t mask = (1 << end) - (1 << begin);
-    uint32_t here = i * 4 + shared_base;
-    if (word.in_flight)
-      fail(where, text("%s reads shared %#x while the copy from %s is in flight", what, here,
-                       describe_site(word.site).c_str()), &thread);
-    if ((word.written & mask) != mask)
-      fail(where, text("%s reads shared %#x, which nobody has written", what, here), &thread);
-    if (word.is_barrier) fail(where, text("%s reads shared %#x, an mbarrier", what, here), &thread);
-    if (word.component != thread.component && thread.clock[word.component] < word.epoch)
-      fail(where, text("race: %s reads shared %#x, written at %s, with no barrier between", what, here,
-                       describe_site(word.site).c_str()), &thread);
-    if (by_async_proxy && !word.by_copy_engine) {
-      Thread* writer = thread_of(word.component);
-      if (writer && writer->fences <= word.fences)
-        fail(where, text("%s reads shared %#x, written at %s with no fence.proxy.async after it", what, here,
-                         describe_site(word.site).c_str()), &thread);
+    const Word& word = block.words[i];
+    if (!word.is_split) {
+      f(word, word, (1 << end) - (1 << begin), i * 4 + shared_base);
+      continue;
     }
+    auto& parts = block.split[i];
+    for (uint32_t b = begin; b < end; ++b) f(word, parts[b], 1 << b, i * 4 + shared_base);
   }
 }
 
-void Machine::check_write(Block& block, uint32_t address, int bytes, Thread& thread, const char* what, const Where& where) {
-  uint32_t first = address - shared_base;
-  for (uint32_t i = first / 16; i <= (first + bytes - 1) / 16; ++i) {
-    if (block.readers[i])
-      fail(where, text("%s over shared %#x while the operation from %s may still read it", what, i * 16 + shared_base,
-                       describe_site(block.reader_sites[i]).c_str()), &thread);
-    const uint32_t* reads = &block.reads[size_t(i) * warps_];
-    for (int w = 0; w < warps_; ++w) {
-      if (!reads[w]) continue;
-      int per_block = kernel_.threads / lanes;
-      Thread& reader = *blocks_[w / per_block]->warps[w % per_block]->threads[reads[w] & 31];
-      if (&reader != &thread && thread.clock[reader.component] < reads[w] >> 5)
-        fail(where, text("race: %s over shared %#x, which warp %d of block %d reads, with no barrier between", what,
-                         i * 16 + shared_base, w % per_block, reader.block->index), &thread);
-    }
-  }
-  for (uint32_t i = first / 4; i <= (first + bytes - 1) / 4; ++i) {
-    const Word& word = block.words[i];
-    uint32_t here = i * 4 + shared_base;
+}  // namespace
+
+void Machine::check_read(Block& block, uint32_t address, int bytes, Thread& thread, bool by_async_proxy,
+                         const char* what, const Where& where) {
+  for_words(block, address, bytes, [&](const Word& word, const Word& part, uint8_t mask, uint32_t here) {
     if (word.in_flight)
-      fail(where, text("%s over shared %#x while the copy from %s is in flight", what, here,
-                       describe_site(word.site).c_str()), &thread);
-    if (word.is_barrier) fail(where, text("%s over shared %#x, an mbarrier", what, here), &thread);
-    if (word.written && word.component != thread.component && thread.clock[word.component] < word.epoch)
-      fail(where, text("race: %s over shared %#x, written at %s, with no barrier between", what, here,
-                       describe_site(word.site).c_str()), &thread);
+      fail(
+          where,
+          text("%s reads shared %#x while the copy from %s is in flight", what, here, describe_site(word.site).c_str()),
+          &thread);
+    if (word.is_barrier) fail(where, text("%s reads shared %#x, an mbarrier", what, here), &thread);
+    if ((part.written & mask) != mask)
+      fail(where, text("%s reads shared %#x, which nobody has written", what, here), &thread);
+    if (part.component != thread.component && thread.clock[part.component] < part.epoch)
+      fail(where,
+           text("race: %s reads shared %#x, written at %s, with no barrier between", what, here,
+                describe_site(part.site).c_str()),
+           &thread);
+    if (by_async_proxy && !part.by_copy_engine) {
+      Thread* writer = thread_of(part.component);
+      if (writer && writer->fences <= part.fences)
+        fail(where,
+             text("%s reads shared %#x, written at %s with no fence.proxy.async after it", what, here,
+                  describe_site(part.site).c_str()),
+             &thread);
+    }
+  });
+}
+
+void Machine::check_readers(uint64_t reads, int warp, uint32_t address, Thread& thread, const char* what,
+                            const Where& where) {
+  int per_block = kernel_.threads / lanes;
+  Block& block = *blocks_[warp / per_block];
+  for (uint32_t mask = static_cast<uint32_t>(reads); mask; mask &= mask - 1) {
+    Thread& reader = *block.warps[warp % per_block]->threads[__builtin_ctz(mask)];
+    if (&reader != &thread && thread.clock[reader.component] < reads >> 32)
+      fail(where,
+           text("race: %s over shared %#x, which warp %d of block %d reads, with no barrier between", what, address,
+                warp % per_block, block.index),
+           &thread);
   }
+}
+
+void Machine::check_write(Block& block, uint32_t address, int bytes, Thread& thread, const char* what,
+                          const Where& where) {
+  uint32_t first = address - shared_base, end = first + bytes;
+  for (uint32_t i = first / 16; i <= (end - 1) / 16; ++i) {
+    if (block.readers[i])
+      fail(where,
+           text("%s over shared %#x while the operation from %s may still read it", what, i * 16 + shared_base,
+                describe_site(block.reader_sites[i]).c_str()),
+           &thread);
+    const uint64_t* reads = &block.reads[size_t(i) * warps_];
+    for (int w = 0; w < warps_; ++w)
+      if (reads[w]) check_readers(reads[w], w, i * 16 + shared_base, thread, what, where);
+  }
+  for (uint32_t begin = first; begin < end;) {
+    uint32_t page = begin / page_bytes, stop = std::min(end, (page + 1) * page_bytes);
+    auto& reads = block.small_reads[page];
+    for (int w = 0; !reads.empty() && w < warps_; ++w) {
+      uint64_t last = 0;
+      for (uint32_t i = begin; i < stop; ++i) {
+        uint64_t here = reads[w * page_bytes + i % page_bytes];
+        if (here != last) check_readers(here, w, i + shared_base, thread, what, where);
+        last = here;
+      }
+    }
+    begin = stop;
+  }
+  for_words(block, address, bytes, [&](const Word& word, const Word& part, uint8_t mask, uint32_t here) {
+    if (word.in_flight)
+      fail(where,
+           text("%s over shared %#x while the copy from %s is in flight", what, here, describe_site(word.site).c_str()),
+           &thread);
+    if (word.is_barrier) fail(where, text("%s over shared %#x, an mbarrier", what, here), &thread);
+    if (part.written & mask && part.component != thread.component && thread.clock[part.component] < part.epoch)
+      fail(where,
+           text("race: %s over shared %#x, written at %s, with no barrier between", what, here,
+                describe_site(part.site).c_str()),
+           &thread);
+  });
 }
 
 void Machine::note_read(Block& block, uint32_t address, int bytes, Thread& thread) {
   uint32_t first = address - shared_base;
-  uint32_t read = thread.clock[thread.component] << 5 | thread.lane;
-  for (uint32_t i = first / 16; i <= (first + bytes - 1) / 16; ++i)
-    block.reads[size_t(i) * warps_ + thread.warp->index] = read;
+  uint64_t epoch = thread.clock[thread.component], lane = uint64_t(1) << thread.lane;
+  auto note = [&](uint64_t& reads) { reads = reads >> 32 == epoch ? reads | lane : epoch << 32 | lane; };
+  int warp = thread.warp->index;
+  if (bytes >= 16) {
+    for (uint32_t i = first / 16; i <= (first + bytes - 1) / 16; ++i) note(block.reads[size_t(i) * warps_ + warp]);
+    return;
+  }
+  auto& page = block.small_reads[first / page_bytes];  // an access is aligned to its size: it lies in one page
+  if (page.empty()) page.resize(size_t(warps_) * page_bytes);
+  for (int i = 0; i < bytes; ++i) note(page[warp * page_bytes + first % page_bytes + i]);
 }
 
 void Machine::note_write(Block& block, uint32_t address, int bytes, int component, uint32_t epoch, uint32_t fences,
@@ -96,12 +149,26 @@ void Machine::note_write(Block& block, uint32_t address, int bytes, int componen
   for (uint32_t i = first / 4; i <= (first + bytes - 1) / 4; ++i) {
     Word& word = block.words[i];
     uint32_t begin = std::max(first, i * 4) - i * 4, end = std::min(first + bytes, i * 4 + 4) - i * 4;
-    word.written |= (1 << end) - (1 << begin);
-    word.component = component;
-    word.epoch = epoch;
-    word.fences = fences;
-    word.by_copy_engine = by_copy_engine;
-    word.site = line;
+    uint8_t mask = (1 << end) - (1 << begin);
+    auto set = [&](Word& w) {
+      w.written |= mask;
+      w.component = component;
+      w.epoch = epoch;
+      w.fences = fences;
+      w.by_copy_engine = by_copy_engine;
+      w.site = line;
+    };
+    if (mask == 0xf) {
+      if (word.is_split) block.split.erase(i);
+      word.is_split = false;
+    } else if (!word.is_split && word.written & ~mask &&
+               (word.component != component || word.epoch != epoch || word.fences != fences)) {
+      block.split[i].fill(word);
+      word.is_split = true;
+    }
+    if (word.is_split)
+      for (uint32_t b = begin; b < end; ++b) set(block.split[i][b]);
+    set(word);
   }
 }
 

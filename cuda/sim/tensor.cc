@@ -245,8 +245,8 @@ void wgmma(Format format, int n, float* d, const uint32_t* a_fragment, uint64_t 
     warp.operations_end = free + latency_cycles;
     if (in_group == 0) group.tensor += n / 2.0;
 
-    for (auto* pieces : {&a_pieces, &b_pieces})
-      for (uint32_t piece : *pieces) warp.reads.push_back(piece);
+    o->pieces = a_pieces;
+    o->pieces.insert(o->pieces.end(), b_pieces.begin(), b_pieces.end());
     warp.open_group.push_back(o);
     warp.in_order.push_back(o);
     m.start(o);
@@ -277,7 +277,12 @@ void wgmma_wait_group(int pending, std::initializer_list<float*> accumulators, W
       for (size_t i = 0; i < warp.groups[g].size(); ++i)
         while (!warp.groups[g][i]->done()) m.block_on({.kind = Wait::wgmma, .what = "wgmma.wait_group"}, where);
   m.collective("wgmma.wait_group", where, 0, const_cast<float**>(accumulators.begin()), nullptr, [&](Warp& warp, Collective& c) {
-    while (warp.groups.size() > keep) warp.groups.pop_front();
+    while (warp.groups.size() > keep) {
+      // The reads are over as of now; whoever overwrites the operands must hear of it from here.
+      for (auto& o : warp.groups.front())
+        for (uint32_t piece : o->pieces) m.note_read(*warp.block, piece, 16, *warp.threads[0]);
+      warp.groups.pop_front();
+    }
     auto named = static_cast<float**>(c.pointers[0]);
     for (auto it = warp.accumulators.begin(); it != warp.accumulators.end();) {
       auto& [registers, accumulator] = *it;
@@ -309,10 +314,6 @@ void wgmma_wait_group(int pending, std::initializer_list<float*> accumulators, W
           if (memcmp(fragment.registers[lane], fragment.values[lane].data(), 16))
             fail(where, text("the operand A in registers of lane %d was touched while its wgmma was in flight", lane));
     std::erase_if(warp.fragments, [](Fragment& f) { return f.operation->done(); });
-    // The reads are over as of now; whoever overwrites the operands must hear of it from here.
-    Block& block = *warp.block;
-    for (auto it = warp.reads.begin(); it != warp.reads.end(); ++it) m.note_read(block, *it, 16, *warp.threads[0]);
-    if (warp.groups.empty() && warp.open_group.empty()) warp.reads.clear();
     for (Thread* t : warp.threads) t->time = std::max(t->time, warp.operations_end);
     m.join_lanes(warp);
     warp.fenced = false;
