@@ -32,16 +32,18 @@ DEVICE float to_float(float16 x) {
 }
 
 // cvt.rn.bf16x2.f32: low in the lower half. PTX 9.7.9.22.
-DEVICE uint32_t cvt_bf16x2(float low, float high) {
+DEVICE uint32_t cvt_bf16x2(float low, float high AND_WHERE) {
   PTX(uint32_t packed; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low)); return packed;)
-  SIM(return sim::to_bfloat16(low) | sim::to_bfloat16(high) << 16;)
+  SIM(sim::check_number(low, where); sim::check_number(high, where);
+      return sim::to_bfloat16(low) | sim::to_bfloat16(high) << 16;)
 }
 
 // cvt.rn.satfinite.e4m3x2.f32: to the nearest, ties to even, beyond 448 to 448. PTX 9.7.9.22.
-DEVICE uint16_t cvt_e4m3x2(float low, float high) {
+DEVICE uint16_t cvt_e4m3x2(float low, float high AND_WHERE) {
   PTX(uint16_t packed;
       asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low)); return packed;)
-  SIM(return static_cast<uint16_t>(sim::to_e4m3(low) | sim::to_e4m3(high) << 8);)
+  SIM(sim::check_number(low, where); sim::check_number(high, where);
+      return static_cast<uint16_t>(sim::to_e4m3(low) | sim::to_e4m3(high) << 8);)
 }
 
 // ex2.approx.ftz: 2^x to 2 ulp. PTX 9.7.3.22.

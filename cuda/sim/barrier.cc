@@ -113,8 +113,8 @@ void mbarrier_wait(uint32_t address, uint32_t parity, Where where) {
   int64_t phase = int64_t(barrier.phase) - 1;
   auto [last, is_first] = thread.observed.try_emplace(&barrier, phase);
   if (!is_first && last->second == phase)
-    fail(where, text("phase %ld of the mbarrier at shared %#x is waited on twice: the parity was not flipped", long(phase),
-                     address));
+    fail(where, text("%s of the mbarrier at shared %#x is waited on twice: the parity was not flipped",
+                     phase < 0 ? "the phase before the first" : text("phase %ld", long(phase)).c_str(), address));
   last->second = phase;
   join(thread.clock, barrier.released);
   if (barrier.released_time > thread.time) {
@@ -142,7 +142,8 @@ void bar(int name, int threads, bool wait, Where where) {
     join(barrier.clock, joined);
     barrier.time = std::max(barrier.time, warp.threads[0]->time + arrival_cycles);
     barrier.arrived += lanes;
-    if (barrier.arrived > threads) fail(where, text("%s %d: more than its %d threads have come", what, name, threads));
+    barrier.last = warp.threads[0];
+    barrier.where = where;
     c.out.fill(barrier.generation);
     if (wait) barrier.waiting.push_back(&warp);
     if (barrier.arrived == threads) {
@@ -176,6 +177,7 @@ void barrier_cluster_arrive(Where where) {
     m.cluster_arrived_ += lanes;
     if (m.cluster_arrived_ == m.kernel_.cluster * m.kernel_.threads) {
       m.cluster_arrived_ = 0;
+      m.cluster_released_ = m.cluster_clock_;
       ++m.cluster_generation_;
       for (auto& block : m.blocks_)
         for (auto& t : block->threads)
@@ -192,7 +194,7 @@ void barrier_cluster_wait(Where where) {
   while (m.cluster_generation_ < thread.cluster_arrived)
     m.block_on({.kind = Wait::cluster, .what = "barrier.cluster.wait"}, where);
   ++thread.cluster_waited;
-  join(thread.clock, m.cluster_clock_);
+  join(thread.clock, m.cluster_released_);
   thread.time = std::max(thread.time, m.cluster_time_);
 }
 

@@ -302,7 +302,7 @@ void Machine::block_on(Wait wait, const Where& where) {
 }
 
 void Machine::fail(const Where& where, const std::string& message, Thread* thread) {
-  if (!thread) thread = current_;
+  if (!thread) thread = current_ ? current_ : acting_;
   if (!failed_) {
     report_ = text("%s: ", kernel_.name.c_str());
     if (thread)
@@ -453,7 +453,9 @@ void Machine::step(Operation& operation) {
   }
   auto next = std::move(operation.steps.front());
   operation.steps.pop_front();
+  acting_ = operation.thread;
   next();
+  acting_ = nullptr;
   if (served_by(*operation.thread) == operation.thread) wake(operation.thread);
   if (operation.done()) std::erase_if(pending_, [&](auto& o) { return o->done(); });
 }
@@ -572,10 +574,12 @@ void Machine::finish_cluster() {
       counts_.idle[g] += group.idle;
       counts_.tensor_cycles += group.tensor;
     }
-    for (size_t i = 0; i < block->named.size(); ++i)
-      if (block->named[i].arrived)
-        fail({}, text("block %d exits with %d of %d threads arrived at barrier %zu", block->index,
-                      block->named[i].arrived, block->named[i].expected, i));
+    for (size_t i = 0; i < block->named.size(); ++i) {
+      NamedBarrier& named = block->named[i];
+      if (named.arrived)
+        fail(named.where, text("the block exits with %d of %d threads arrived at barrier %zu", named.arrived,
+                                     named.expected, i), named.last);
+    }
     double end = 0;
     for (auto& thread : block->threads) {
       end = std::max(end, thread->time);

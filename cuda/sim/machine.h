@@ -162,7 +162,9 @@ struct Warpgroup {
 };
 
 struct NamedBarrier {
-  int expected = 0, arrived = 0, waiting_warps = 0;
+  int expected = 0, arrived = 0;
+  Thread* last = nullptr;  // who came last, and where
+  Where where;
   Clock clock;
   double time = 0;
   std::vector<Warp*> waiting;
@@ -286,10 +288,11 @@ class Machine {
   std::vector<Thread*> cluster_waiting_;
   int cluster_arrived_ = 0;
   uint64_t cluster_generation_ = 0;
-  Clock cluster_clock_;
+  Clock cluster_clock_, cluster_released_;  // of those that have come, and of those whose barrier is complete
   double cluster_time_ = 0;
   std::map<const void*, Usage> usage_;
   Thread* current_ = nullptr;
+  Thread* acting_ = nullptr;  // whose operation goes on while no thread runs
 
  private:
   void run_cluster(int first_block);

@@ -322,6 +322,8 @@ void store_global(void* base, int64_t size, int64_t offset, const void* value, i
 
 // ---- numbers ----
 
+void check_number(float x, Where where) { machine().check_accumulators(&x, 4, "a conversion", where); }
+
 uint32_t to_bfloat16(float x) {
   uint32_t b = bits(x);
   if (x != x) return 0x7fff;
