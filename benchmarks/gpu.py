@@ -32,6 +32,7 @@ from benchmarks import common, kernels  # noqa: E402
 ROOT = pathlib.Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks/results/gpu.json"
 TESTS = ["tests/test_gemm.py", "tests/test_quantize.py", "tests/test_contract.py"]
+THROUGH_KERNELS = "(cuda or hopper) and not (implementation or falls_back or without)"
 CONFORMANCE = "tests/sim/conformance.cu"
 
 HOPPER = "9.0"  # compute capability
@@ -470,10 +471,14 @@ def speed(clock: Clock) -> dict:
 
 
 def value_tests() -> str:
-    """The value tests, with our ops' best implementation replaced by the kernels for the GPU."""
+    """The value tests and the contract suite of the ops that have a kernel, through it."""
     env = {**os.environ, "JAXKERN_TEST_IMPLEMENTATION": "cuda"}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", *TESTS], cwd=ROOT, env=env, capture_output=True, text=True
+        [sys.executable, "-m", "pytest", "-q", "-k", THROUGH_KERNELS, *TESTS],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         print(done.stdout[-4000:], done.stderr[-2000:])

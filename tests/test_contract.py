@@ -20,6 +20,11 @@ DIFFERENTIABLE = [c for c in CASES if c.grad]
 UNTOLD = [c for c in CASES if c.implementation is None]  # lets the platform choose
 
 
+def needs_four_devices(case):
+    if case.implementation == "cuda" and jax.device_count() < 4:
+        pytest.skip("needs four GPUs")
+
+
 def over(cases):
     return pytest.mark.parametrize("case", cases, ids=lambda c: c.id)
 
@@ -143,6 +148,7 @@ def test_scan(case):
 @over(CASES)
 def test_shard_map(case, axis_type):
     """Each of 4 devices on its part: the results, and the gradients also of replicated operands."""
+    needs_four_devices(case)
     mesh = jax.make_mesh((4,), ("x",), axis_types=(axis_type,))
     operands = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(case.operands, case.specs, strict=True)]
     call = case.sharded_call or case.call
@@ -161,6 +167,7 @@ def test_shard_map(case, axis_type):
 @over(CASES)
 def test_sharded_operands_outside_shard_map(case):
     """XLA gathers them: slow, but right."""
+    needs_four_devices(case)
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
     operands = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(case.operands, case.specs, strict=True)]
     assert_same(jax.jit(case.call)(*operands), case.call(*case.operands), tolerance(case))

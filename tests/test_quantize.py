@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from contract import HOPPER_IMPLEMENTATION
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,7 +45,7 @@ def assert_same_codes(got, expected):
     np.testing.assert_array_equal(got.view(unsigned)[number], expected.view(unsigned)[number])
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "xla", "sim"])
+@pytest.mark.parametrize("implementation", ["cpu", "xla", HOPPER_IMPLEMENTATION])
 @pytest.mark.parametrize("scale_format", ["float32", "power_of_two", "ue8m0"])
 @pytest.mark.parametrize("block_shape", [(1, 128), (128, 128)])
 def test_definition(implementation, scale_format, block_shape):
@@ -58,7 +59,7 @@ def test_definition(implementation, scale_format, block_shape):
         assert_same_codes(a.values, values)
 
 
-@pytest.mark.parametrize("implementation", ["cpu", "xla", "sim"])
+@pytest.mark.parametrize("implementation", ["cpu", "xla", HOPPER_IMPLEMENTATION])
 def test_every_code_survives_and_every_tie_goes_to_even(implementation):
     """With 448 in the block the scale is one, so codes and the points between them are seen as they are."""
     codes = ALL_CODES.view(E4M3).astype(np.float32)
@@ -97,7 +98,7 @@ def test_dequantize_every_code_with_every_scale(implementation, dtype):
         lambda batch: st.tuples(st.just(batch), st.sampled_from([0, 1, 127, 129]), st.sampled_from([0, 1, 130, 256]))
     ),
     block_shape=st.sampled_from([(1, 128), (128, 128)]),
-    implementation=st.sampled_from(["cpu", "sim"]),
+    implementation=st.sampled_from(["cpu", "sim"] if HOPPER_IMPLEMENTATION == "sim" else ["cuda"]),
 )
 def test_any_shape(shape, block_shape, implementation):
     batch, m, k = shape
