@@ -313,7 +313,7 @@ void matrix_fragments() {
 
 // ---- numbers ----
 
-enum class Function { bf16, e4m3, float16, bfloat16, ex2, lg2, div };
+enum class Function { bf16, e4m3, float16, bfloat16, ex2, lg2, div, rcp, fma, max };
 
 // Pairs of words in, one word out for each.
 template <Function function>
@@ -330,6 +330,10 @@ struct Numbers : Kernel<128> {
       if constexpr (function == Function::ex2) y = float_bits(ex2(x));
       if constexpr (function == Function::lg2) y = float_bits(lg2(x));
       if constexpr (function == Function::div) y = float_bits(div(x, to_float(bits_float(second))));
+      if constexpr (function == Function::rcp) y = float_bits(rcp(x));
+      if constexpr (function == Function::fma)
+        y = float_bits(fma(x, bits_float(second), bits_float(first ^ second | 0x38000000)));
+      if constexpr (function == Function::max) y = max_u16x2(first, second);
       store_global(p.out, i, y);
     }
   }
@@ -468,6 +472,38 @@ void division() {
     volatile float want = x / y;
     require(std::isnan(want) ? std::isnan(as_float(got[i])) : got[i] == as_bits(want),
             text("%a / %a is %a", x, y, as_float(got[i])));
+  }
+}
+
+void reciprocal() {
+  auto in = random_words(40000);
+  auto got = apply<Function::rcp>(in);
+  for (size_t i = 0; i < got.size(); ++i) {
+    float x = as_float(in[2 * i]);
+    volatile float want = 1 / x;
+    require(std::isnan(x) ? std::isnan(as_float(got[i])) : got[i] == as_bits(want),
+            text("1 / %a is %a", x, as_float(got[i])));
+  }
+}
+
+void multiply_add() {
+  auto in = random_words(40000);
+  for (auto& word : in) word = (word & 0x87ffffff) | 0x38000000;  // about 1: the product and the third are of one size
+  auto got = apply<Function::fma>(in);
+  for (size_t i = 0; i < got.size(); ++i) {
+    float x = as_float(in[2 * i]), y = as_float(in[2 * i + 1]), z = as_float(in[2 * i] ^ in[2 * i + 1] | 0x38000000);
+    float want = std::fma(x, y, z);
+    require(got[i] == as_bits(want), text("fma(%a, %a, %a) is %a", x, y, z, as_float(got[i])));
+  }
+}
+
+void maximum() {
+  auto in = random_words(4000);
+  auto got = apply<Function::max>(in);
+  for (size_t i = 0; i < got.size(); ++i) {
+    uint32_t low = std::max(in[2 * i] & 0xffff, in[2 * i + 1] & 0xffff),
+             high = std::max(in[2 * i] >> 16, in[2 * i + 1] >> 16);
+    require(got[i] == (high << 16 | low), text("the maximum of %#x and %#x is %#x", in[2 * i], in[2 * i + 1], got[i]));
   }
 }
 
@@ -1248,6 +1284,9 @@ std::vector<Case> all_cases() {
       {"ex2", exponential},
       {"lg2", logarithm},
       {"div", division},
+      {"rcp", reciprocal},
+      {"fma", multiply_add},
+      {"max_u16x2", maximum},
       {"mbarrier phases", phases},
       {"mbarrier bytes", transactions},
       {"bar.sync, bar.arrive", named_barriers},
