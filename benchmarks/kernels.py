@@ -9,6 +9,7 @@ setmaxnreg), or if a kernel spills or has a stack frame.
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import importlib.util
 import json
@@ -20,9 +21,10 @@ import subprocess
 import sys
 import time
 
+import jax
+
 ROOT = pathlib.Path(__file__).parent.parent
 BUILD = ROOT / "build/kernels"
-SIMULATED = BUILD / "simulator"  # what `record` writes
 RESULT = ROOT / "benchmarks/results/kernels.json"
 OLDEST_NVCC = (12, 8)
 FLAGS = "-std=c++20 -O3 -gencode arch=compute_90a,code=sm_90a -I. -Xptxas -v -Xptxas -warn-spills,-warn-lmem-usage"
@@ -75,7 +77,6 @@ COLUMNS = {
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels")
-    parser.add_argument("--simulator", type=pathlib.Path, nargs="*", help="what simulator runs wrote")
     parser.add_argument("--json", type=pathlib.Path, help="write the rows to this file")
     parser.add_argument("--commit", action="store_true", help="write the rows to benchmarks/results")
     options = parser.parse_args(argv)
@@ -89,10 +90,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"No kernel was compiled: {why_not}. The columns of the compiler are missing.")
     else:
         refused, rows = compiler_rows(nvcc, sources)
-    found = sorted(SIMULATED.glob("*.json")) if options.simulator is None else options.simulator
-    simulated = simulator_rows([json.loads(path.read_text()) for path in found])
-    if not simulated:
-        print("No simulator run was recorded. The columns of the simulator are missing.")
+    simulated, why_not_simulated = simulate()
+    if why_not_simulated:
+        print(f"No kernel was simulated: {why_not_simulated}. The columns of the simulator are missing.")
+    elif not why_not:
+        refused += [f"{name}: no problem in GEMMS or QUANTIZED runs it" for name in sorted({*rows} - {*simulated})]
     rows = merge(rows, simulated)
 
     print(table(rows))
@@ -278,37 +280,62 @@ def _output(*command, **options) -> str:
 # ---- the simulator ----
 
 
-def record(path: pathlib.Path, statistics: str | None = None):
-    """Writes the simulator's counts of this process, as a run of tests does at its end: SIMULATED / "<any>.json"."""
-    if statistics is None:
-        from jaxkern import _sim
+# Sizes that between them run every kernel on the few multiprocessors that the simulator shows: m, n, k.
+GEMMS = [
+    (16, 192, 1024),
+    (32, 192, 1024),
+    (64, 192, 1024),
+    (128, 1024, 640),
+    (300, 192, 1024),
+    (512, 1024, 640),
+    (300, 2112, 256),
+]
+QUANTIZED = (150, 656)
 
-        statistics = _sim.statistics()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(statistics)
+
+def simulate(seeds: int = 8) -> tuple[dict[str, Row], str]:
+    """Every kernel on the simulator, each result against the CPU kernels' under each seed. Why not, if it cannot be."""
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxkern import _ffi, gemm, quantize
+
+    if _ffi.SIM is None:
+        return {}, "this build of jaxkern has no simulator"
+    random = np.random.default_rng(0)
+    normal = lambda *shape: jnp.asarray(random.standard_normal(shape, np.float32))  # noqa: E731
+
+    def check(call, **tolerance):
+        want = call(implementation="cpu")
+        for seed in range(seeds):
+            _ffi.SIM.configure(seed=seed)
+            for got, expected in zip(jax.tree.leaves(call(implementation="sim")), jax.tree.leaves(want), strict=True):
+                np.testing.assert_allclose(got.astype(jnp.float32), expected.astype(jnp.float32), **tolerance)
+
+    _ffi.SIM.clear_statistics()
+    for m, n, k in GEMMS:
+        for block in ((128, 128), (1, 128)):
+            a, b = quantize(normal(m, k)), quantize(normal(n, k), block)
+            for dtype, step in ((jnp.bfloat16, 2.0**-7), (jnp.float32, 1e-5)):
+                check(functools.partial(gemm, a, b, out_dtype=dtype), rtol=step, atol=1e-3)
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        x = normal(*QUANTIZED).astype(dtype)
+        for block in ((128, 128), (1, 128)):
+            check(functools.partial(quantize, x, block), rtol=0)
+    _ffi.SIM.configure()
+    return simulator_rows(json.loads(_ffi.SIM.statistics())), ""
 
 
-def simulator_rows(runs: list) -> dict[str, Row]:
-    """Several runs together. A run is what `statistics()` returns, or a list of rows with the names of Row's fields."""
+def simulator_rows(statistics: dict) -> dict[str, Row]:
+    """What the simulator counted, bytes and conflicts for one launch."""
     rows = {}
-    for run in runs:
-        for counts in statistics_rows(run) if isinstance(run, dict) else run:
-            row = rows.setdefault(short_name(counts["kernel"]), Row(short_name(counts["kernel"])))
-            for field in ("threads", "shared_memory", "tensor_busy", "idle"):
-                if counts.get(field) is not None:
-                    setattr(row, field, counts[field])
-            for field in ("least_bytes", "moved_bytes", "bank_conflicts"):
-                setattr(row, field, _sum(getattr(row, field), counts.get(field)))
-            if counts.get("seeds") is not None:
-                row.seeds = sorted({*(row.seeds or []), *counts["seeds"]})
-    return rows
-
-
-def statistics_rows(statistics: dict) -> list[dict]:
-    """What `jaxkern._sim.statistics()` returns, as rows with the names of Row's fields."""
-    rows = []
-    for kernel, counts in statistics.get("kernels", {}).items():
-        rows.append({"kernel": kernel, **counts, "shared_memory": counts.get("shared_bytes")})
+    for name, counts in statistics["kernels"].items():
+        each = {
+            field: counts[field] // counts["launches"] for field in ("least_bytes", "moved_bytes", "bank_conflicts")
+        }
+        same = {field: counts[field] for field in ("threads", "seeds", "tensor_busy", "idle")}
+        kernel = short_name(name)
+        rows[kernel] = Row(kernel, shared_memory=counts["shared_bytes"], **each, **same)
     return rows
 
 
