@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # The simulator switches stacks, which fortified longjmp takes for an attack; what a kernel leaves unset must show.
 FLAGS = "-std=c++20 -DJAXKERN_SIM -I. -U_FORTIFY_SOURCE -fno-omit-frame-pointer -Wno-unknown-pragmas -Wno-psabi".split()
-KERNELS = ["-O1", "-ftrivial-auto-var-init=pattern", "-x", "c++"]
+PATTERN = "-ftrivial-auto-var-init=pattern"
 
 SWIZZLES = ["no swizzle", "32-byte swizzle", "64-byte swizzle", "128-byte swizzle"]
 LAYOUTS = [*SWIZZLES[1:3], "64-byte swizzle, A in registers", "no swizzle", "no swizzle, by columns"]
@@ -45,10 +45,12 @@ PLANTED = [
 def compile_and_run(folder):
     """What conformance and bugs print."""
     compiler = shlex.split(os.environ.get("CXX", "c++"))
+    probe = [*compiler, PATTERN, "-fsyntax-only", "-x", "c++", os.devnull]
+    pattern = [PATTERN] if subprocess.run(probe, capture_output=True).returncode == 0 else []
 
     def compile(source):
         object = folder / (source.stem + ".o")
-        flags = KERNELS if source.suffix == ".cu" else ["-O2"]
+        flags = ["-O1", *pattern, "-x", "c++"] if source.suffix == ".cu" else ["-O2"]
         subprocess.run([*compiler, *FLAGS, *flags, "-c", str(source), "-o", str(object)], cwd=ROOT, check=True)
         return str(object)
 

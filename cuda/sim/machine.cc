@@ -31,6 +31,7 @@ struct Stacks {
     if (free.empty()) {
       void* stack = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (stack == MAP_FAILED) return nullptr;
+      mprotect(stack, 4096, PROT_NONE);  // what overflows stops here, not in another thread's stack
       all.push_back(stack);
       free.push_back(stack);
     }

@@ -170,7 +170,7 @@ struct Pipeline {
     At at;
     int bug = p.bug, lane = lane_index(), warp = warp_index();
     int row = warp * 16 + lane / 4;
-    float sums[tile / 2], others[tile / 2];
+    float sums[tile / 2] = {}, others[tile / 2];
     for (int t = 0; t < tiles; ++t) {
       float totals[tile / 2] = {};
       for (int i = 0; i < k_blocks; ++i, at.advance()) {

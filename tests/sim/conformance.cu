@@ -60,7 +60,7 @@ struct Memory {
   ~Memory() { release(data); }
   template <typename T>
   void put(const std::vector<T>& from) {
-    check(move(data, from.data(), from.size() * sizeof(T)));
+    if (!from.empty()) check(move(data, from.data(), from.size() * sizeof(T)));
   }
   template <typename T>
   std::vector<T> get() {
@@ -332,7 +332,7 @@ struct Numbers : Kernel<128> {
       if constexpr (function == Function::div) y = float_bits(div(x, to_float(bits_float(second))));
       if constexpr (function == Function::rcp) y = float_bits(rcp(x));
       if constexpr (function == Function::fma)
-        y = float_bits(fma(x, bits_float(second), bits_float(first ^ second | 0x38000000)));
+        y = float_bits(fma(x, bits_float(second), bits_float((first ^ second) | 0x38000000)));
       if constexpr (function == Function::max) y = max_u16x2(first, second);
       store_global(p.out, i, y);
     }
@@ -491,7 +491,7 @@ void multiply_add() {
   for (auto& word : in) word = (word & 0x87ffffff) | 0x38000000;  // about 1: the product and the third are of one size
   auto got = apply<Function::fma>(in);
   for (size_t i = 0; i < got.size(); ++i) {
-    float x = as_float(in[2 * i]), y = as_float(in[2 * i + 1]), z = as_float(in[2 * i] ^ in[2 * i + 1] | 0x38000000);
+    float x = as_float(in[2 * i]), y = as_float(in[2 * i + 1]), z = as_float((in[2 * i] ^ in[2 * i + 1]) | 0x38000000);
     float want = std::fma(x, y, z);
     require(got[i] == as_bits(want), text("fma(%a, %a, %a) is %a", x, y, z, as_float(got[i])));
   }
