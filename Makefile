@@ -5,7 +5,7 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 PIP = $(RUN) -m pip install --quiet --disable-pip-version-check
 INSTALL_FLAGS ?=
-CODE = $(wildcard cpu/*.h cpu/*.cc $(foreach folder,bindings bindings/* cuda cuda/*,$(addprefix $(folder)/*.,h cc cu)))
+CODE = $(wildcard cpu/*.h cpu/*.cc $(foreach folder,bindings bindings/* cuda cuda/*,$(addprefix $(folder)/*.,h cc cu))) $(wildcard tests/sim/*.cu)
 ifeq ($(origin CXX),default)
 CXX = c++
 endif

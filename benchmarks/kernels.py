@@ -22,6 +22,8 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 ROOT = pathlib.Path(__file__).parent.parent
 BUILD = ROOT / "build/kernels"
@@ -295,22 +297,21 @@ QUANTIZED = (150, 656)
 
 def simulate(seeds: int = 8) -> tuple[dict[str, Row], str]:
     """Every kernel on the simulator, each result against the CPU kernels' under each seed. Why not, if it cannot be."""
-    import jax.numpy as jnp
-    import numpy as np
-
     from jaxkern import _ffi, gemm, quantize
 
     if _ffi.SIM is None:
         return {}, "this build of jaxkern has no simulator"
     random = np.random.default_rng(0)
-    normal = lambda *shape: jnp.asarray(random.standard_normal(shape, np.float32))  # noqa: E731
+
+    def normal(*shape):
+        return jnp.asarray(random.standard_normal(shape, np.float32))
 
     def check(call, **tolerance):
-        want = call(implementation="cpu")
+        want = reference_of(call)
         for seed in range(seeds):
             _ffi.SIM.configure(seed=seed)
-            for got, expected in zip(jax.tree.leaves(call(implementation="sim")), jax.tree.leaves(want), strict=True):
-                np.testing.assert_allclose(got.astype(jnp.float32), expected.astype(jnp.float32), **tolerance)
+            for got, expected in zip(jax.tree.leaves(call(implementation="sim")), want, strict=True):
+                np.testing.assert_allclose(got.astype(jnp.float32), expected, **tolerance)
 
     _ffi.SIM.clear_statistics()
     for m, n, k in GEMMS:
@@ -324,6 +325,10 @@ def simulate(seeds: int = 8) -> tuple[dict[str, Row], str]:
             check(functools.partial(quantize, x, block), rtol=0)
     _ffi.SIM.configure()
     return simulator_rows(json.loads(_ffi.SIM.statistics())), ""
+
+
+def reference_of(call) -> list:
+    return [np.asarray(x).astype(np.float32) for x in jax.tree.leaves(call(implementation="cpu"))]
 
 
 def simulator_rows(statistics: dict) -> dict[str, Row]:

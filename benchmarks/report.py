@@ -27,6 +27,32 @@ def table(family: str) -> str:
     return "\n".join(lines)
 
 
+def gpu_table() -> str:
+    """The GEMMs of the committed run on a GPU: ours, the form with scales that a user would write, and the best of all."""
+    record = json.loads((RESULTS / "gpu.json").read_text())
+    machine = record["machine"]
+    lines = [
+        f"{machine['device']}, driver {machine['driver']}, JAX {machine['jax']}, torch {machine['torch']}, "
+        f"{machine['date']}; copies {machine['copy_bytes_per_s'] / 1e12:.2f} TB/s, bfloat16 product "
+        f"{machine['bf16_flops_per_s'] / 1e12:.0f} TFLOP/s, {machine['smallest_kernel_us']:.1f} us for the smallest kernel.",
+        "",
+        "| op | shape | ours, us | TFLOP/s | GB/s | dequantise first, us | best other, us | which |",
+        "|---|---|--:|--:|--:|--:|--:|---|",
+    ]
+    cases = {}
+    for row in record["rows"]:
+        if not row["skipped"]:
+            cases.setdefault((row["name"], row["shape"]), {})[row["form"]] = row
+    for (name, shape), forms in cases.items():
+        ours, plain = forms["ours"], forms.get("dequantise, bf16 dot")
+        best = forms[ours["best_alternative"]]
+        lines.append(
+            f"| {name} | {shape} | {ours['us']:.1f} | {ours['tflops']:.0f} | {ours['gbytes']:.0f} | "
+            f"{format(plain['us'], '.1f') if plain else ''} | {best['us']:.1f} | {ours['best_alternative']} |"
+        )
+    return "\n".join(lines)
+
+
 def summary() -> str:
     """One line a family: its rows' smallest, median and largest gain."""
     lines = ["| ops | rows | least gain over XLA | median | most |", "|---|--:|--:|--:|--:|"]

@@ -1,4 +1,4 @@
-"""Puts the tables of the committed benchmark results into the pages: {{ results NAME }}."""
+"""Puts the tables of the committed benchmark results into the pages: {{ results NAME }}, {{ results gpu }}."""
 
 import pathlib
 import re
@@ -11,4 +11,6 @@ from benchmarks import report  # noqa: E402
 
 
 def on_page_markdown(markdown, **_):
-    return re.sub(r"\{\{ results (\S+) \}\}", lambda match: report.table(match[1]), markdown)
+    return re.sub(
+        r"\{\{ results (\S+) \}\}", lambda m: report.gpu_table() if m[1] == "gpu" else report.table(m[1]), markdown
+    )

@@ -159,13 +159,8 @@ STATISTICS = """{"kernels": {"jaxkern::cuda::Dense<64, true>": {"launches": 2, "
   "cycles": 100, "tensor_busy": 0.5, "idle": {"warpgroup 0": 0.25}, "seeds": [0, 3]}}}"""
 
 
-def test_simulator_and_compiler_in_one_row(tmp_path):
-    kernels.record(tmp_path / "runs/1.json", STATISTICS)
-    first = json.loads((tmp_path / "runs/1.json").read_text())
-    second = [
-        {"kernel": "Dense<64, true>", "seeds": [1, 3], "least_bytes": 500, "moved_bytes": 500, "bank_conflicts": 1}
-    ]
-    simulated = kernels.simulator_rows([first, second])
+def test_simulator_and_compiler_in_one_row():
+    simulated = kernels.simulator_rows(json.loads(STATISTICS))
     compiled = {"Dense<64, true>": kernels.Row("Dense<64, true>", registers=168, threads=256, shared_memory=0)}
     (row,) = kernels.merge(compiled, simulated)
     assert row == kernels.Row(
@@ -173,28 +168,34 @@ def test_simulator_and_compiler_in_one_row(tmp_path):
         registers=168,
         threads=256,
         shared_memory=4096,
-        seeds=[0, 1, 3],
-        least_bytes=1500,
-        moved_bytes=2000,
-        bank_conflicts=3,
+        seeds=[0, 3],
+        least_bytes=500,
+        moved_bytes=750,
+        bank_conflicts=1,
         tensor_busy=0.5,
         idle={"warpgroup 0": 0.25},
     )
-    assert kernels.table([row]).splitlines()[1].split("  ")[-1] == "3"
+    assert kernels.table([row]).splitlines()[1].split("  ")[-1] == "1"
 
 
 def test_either_alone():
     compiled = {"A": kernels.Row("A", registers=24)}
     assert kernels.merge(compiled, {}) == [compiled["A"]]
-    assert kernels.merge({}, kernels.simulator_rows([{"kernels": {"B": {}}}])) == [kernels.Row("B")]
-    assert kernels.simulator_rows([{}, []]) == {}
+    assert kernels.merge({}, {"B": kernels.Row("B")}) == [kernels.Row("B")]
 
 
-def test_without_nvcc(monkeypatch, capsys, tmp_path):
+def test_without_nvcc(monkeypatch, capsys):
     monkeypatch.setenv("PATH", "")
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
-    kernels.record(tmp_path / "1.json", STATISTICS)
-    assert kernels.main(["--simulator", str(tmp_path / "1.json")]) == 0
+    monkeypatch.setattr(kernels, "simulate", lambda: (kernels.simulator_rows(json.loads(STATISTICS)), ""))
+    assert kernels.main([]) == 0
     out = capsys.readouterr().out
     assert "nvcc is neither in PATH nor in CUDA_HOME" in out and "Dense<64, true>" in out
+
+
+def test_a_wrong_result_on_the_simulator_is_refused(monkeypatch):
+    right = kernels.reference_of
+    monkeypatch.setattr(kernels, "reference_of", lambda call: [x * 1.1 for x in right(call)])
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        kernels.simulate(seeds=1)

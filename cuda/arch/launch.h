@@ -47,7 +47,8 @@ Error launch(int blocks, int cluster, const typename K::Params& params, Stream) 
   auto run = [](const void* params, void* shared) {
     K::run(*static_cast<const typename K::Params*>(params), *static_cast<typename K::Smem*>(shared));
   };
-  return sim::launch({K::name(), K::threads, cluster, registers_of<K>(), sizeof(typename K::Smem)}, blocks, &params, run);
+  return sim::launch({K::name(), K::threads, cluster, registers_of<K>(), sizeof(typename K::Smem)}, blocks, &params,
+                     run);
 }
 
 inline Error copy(void* to, const void* from, int64_t bytes, Stream) {
@@ -64,7 +65,8 @@ inline int multiprocessors() { return sim::multiprocessors(); }
 #else
 
 template <typename K>
-__global__ void __launch_bounds__(K::threads, resident_of<K>()) entry(const __grid_constant__ typename K::Params params) {
+__global__ void __launch_bounds__(K::threads, resident_of<K>())
+    entry(const __grid_constant__ typename K::Params params) {
   extern __shared__ __align__(1024) unsigned char shared[];
   K::run(params, *reinterpret_cast<typename K::Smem*>(shared));
 }
@@ -75,7 +77,8 @@ inline Error describe(cudaError_t error) { return error == cudaSuccess ? "" : cu
 template <typename K>
 Error prepare() {
   static_assert(sizeof(typename K::Smem) <= max_shared_bytes);
-  cudaError_t error = cudaFuncSetAttribute(entry<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(typename K::Smem));
+  cudaError_t error =
+      cudaFuncSetAttribute(entry<K>, cudaFuncAttributeMaxDynamicSharedMemorySize, sizeof(typename K::Smem));
   return describe(error);
 }
 

@@ -43,8 +43,8 @@ DEVICE uint32_t shared_address(const void* pointer) {
 
 // mapa: the same variable in another block of the cluster. PTX 9.7.9.23.
 DEVICE uint32_t mapa(const void* pointer, int rank) {
-  PTX(uint32_t address; asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address)
-                            : "r"(shared_address(pointer)), "r"(rank));
+  PTX(uint32_t address;
+      asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)), "r"(rank));
       return address;)
   SIM(return sim::mapa(pointer, rank);)
 }
@@ -81,7 +81,8 @@ DEVICE Pack<T, count> load_pack(const Shared<T>& x AND_WHERE) {
   SIM(return load_shared<Pack<T, count>>(shared_address(&x), where);)
 }
 
-// ld.shared::cluster, st.shared::cluster: another block's variable. Only between two cluster barriers. PTX 9.7.9.8.
+// ld.shared::cluster, st.shared::cluster: another block's variable. Only between two cluster barriers.
+// PTX 9.7.9.8, 9.7.9.11.
 template <int count, typename T>
 DEVICE Pack<T, count> load_cluster(const Shared<T>& x, int rank AND_WHERE) {
   static_assert(sizeof(Pack<T, count>) == 8);
@@ -98,7 +99,7 @@ DEVICE void store_cluster(Shared<T>& x, int rank, T value AND_WHERE) {
   SIM(store_shared(mapa(&x, rank), value, where);)
 }
 
-// ld.global, st.global of `count` neighbouring elements; element i is the first. PTX 9.7.9.8.
+// ld.global, st.global of `count` neighbouring elements; element i is the first. PTX 9.7.9.8, 9.7.9.11.
 template <typename V, typename T>
 DEVICE V load_global(Global<const T> x, int64_t i AND_WHERE) {
   PTX(return *reinterpret_cast<const V*>(x.data + i);)
@@ -112,24 +113,29 @@ DEVICE void store_global(Global<T> x, int64_t i, V value AND_WHERE) {
 }
 
 // ldmatrix, stmatrix: 8 x 8 matrices of 16-bit elements between shared memory and fragments. Lane 8 i + r gives the
-// address of row r of matrix i; a lane gets of each matrix the pair (row lane / 4, columns 2 (lane % 4) and one more), or
-// of its transpose. PTX 9.7.14.5.15 and 9.7.14.5.16.
+// address of row r of matrix i; a lane gets of each matrix the pair (row lane / 4, columns 2 (lane % 4) and one more),
+// or of its transpose. PTX 9.7.14.5.15 and 9.7.14.5.16.
 template <int matrices, bool transposed>
 DEVICE void ldmatrix(uint32_t (&fragment)[matrices], uint32_t address AND_WHERE) {
   static_assert(matrices == 1 || matrices == 2 || matrices == 4);
 #ifndef JAXKERN_SIM
-#define LDMATRIX(form, registers, ...)                                                                              \
-  if constexpr (transposed)                                                                                         \
-    asm volatile("ldmatrix.sync.aligned.m8n8." form ".trans.shared.b16 {" registers : __VA_ARGS__ : "r"(address) : "memory"); \
-  else                                                                                                              \
-    asm volatile("ldmatrix.sync.aligned.m8n8." form ".shared.b16 {" registers : __VA_ARGS__ : "r"(address) : "memory");
-  if constexpr (matrices == 1) {
-    LDMATRIX("x1", "%0}, [%1];", "=r"(fragment[0]))
-  } else if constexpr (matrices == 2) {
-    LDMATRIX("x2", "%0, %1}, [%2];", "=r"(fragment[0]), "=r"(fragment[1]))
-  } else {
-    LDMATRIX("x4", "%0, %1, %2, %3}, [%4];", "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3]))
+#define LDMATRIX(form, registers, ...) \
+  asm volatile("ldmatrix.sync.aligned.m8n8." form ".shared.b16 {" registers : __VA_ARGS__ : "r"(address) : "memory");
+#define EITHER_WAY(form, ...)            \
+  if constexpr (transposed) {            \
+    LDMATRIX(form ".trans", __VA_ARGS__) \
+  } else {                               \
+    LDMATRIX(form, __VA_ARGS__)          \
   }
+  if constexpr (matrices == 1) {
+    EITHER_WAY("x1", "%0}, [%1];", "=r"(fragment[0]))
+  } else if constexpr (matrices == 2) {
+    EITHER_WAY("x2", "%0, %1}, [%2];", "=r"(fragment[0]), "=r"(fragment[1]))
+  } else {
+    EITHER_WAY("x4", "%0, %1, %2, %3}, [%4];", "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]),
+               "=r"(fragment[3]))
+  }
+#undef EITHER_WAY
 #undef LDMATRIX
 #endif
   SIM(sim::ldmatrix(fragment, matrices, transposed, address, where);)
@@ -139,19 +145,25 @@ template <int matrices, bool transposed>
 DEVICE void stmatrix(uint32_t address, const uint32_t (&fragment)[matrices] AND_WHERE) {
   static_assert(matrices == 1 || matrices == 2 || matrices == 4);
 #ifndef JAXKERN_SIM
-#define STMATRIX(form, registers, ...)                                                                           \
-  if constexpr (transposed)                                                                                      \
-    asm volatile("stmatrix.sync.aligned.m8n8." form ".trans.shared.b16 [%0], {" registers "};" ::"r"(address),   \
-                 __VA_ARGS__ : "memory");                                                                        \
-  else                                                                                                           \
-    asm volatile("stmatrix.sync.aligned.m8n8." form ".shared.b16 [%0], {" registers "};" ::"r"(address), __VA_ARGS__ : "memory");
-  if constexpr (matrices == 1) {
-    STMATRIX("x1", "%1", "r"(fragment[0]))
-  } else if constexpr (matrices == 2) {
-    STMATRIX("x2", "%1, %2", "r"(fragment[0]), "r"(fragment[1]))
-  } else {
-    STMATRIX("x4", "%1, %2, %3, %4", "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3]))
+#define STMATRIX(form, registers, ...)                                                 \
+  asm volatile("stmatrix.sync.aligned.m8n8." form ".shared.b16 [%0], {" registers "};" \
+               :                                                                       \
+               : "r"(address), __VA_ARGS__                                             \
+               : "memory");
+#define EITHER_WAY(form, ...)            \
+  if constexpr (transposed) {            \
+    STMATRIX(form ".trans", __VA_ARGS__) \
+  } else {                               \
+    STMATRIX(form, __VA_ARGS__)          \
   }
+  if constexpr (matrices == 1) {
+    EITHER_WAY("x1", "%1", "r"(fragment[0]))
+  } else if constexpr (matrices == 2) {
+    EITHER_WAY("x2", "%1, %2", "r"(fragment[0]), "r"(fragment[1]))
+  } else {
+    EITHER_WAY("x4", "%1, %2, %3, %4", "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3]))
+  }
+#undef EITHER_WAY
 #undef STMATRIX
 #endif
   SIM(sim::stmatrix(fragment, matrices, transposed, address, where);)

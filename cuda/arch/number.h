@@ -31,28 +31,28 @@ DEVICE float to_float(float16 x) {
   SIM(return sim::from_float16(x.bits);)
 }
 
-// cvt.rn.bf16x2.f32: low in the lower half. PTX 9.7.9.22.
+// cvt.rn.bf16x2.f32: low in the lower half. PTX 9.7.9.21.
 DEVICE uint32_t cvt_bf16x2(float low, float high AND_WHERE) {
   PTX(uint32_t packed; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low)); return packed;)
   SIM(sim::check_number(low, where); sim::check_number(high, where);
       return sim::to_bfloat16(low) | sim::to_bfloat16(high) << 16;)
 }
 
-// cvt.rn.satfinite.e4m3x2.f32: to the nearest, ties to even, beyond 448 to 448. PTX 9.7.9.22.
+// cvt.rn.satfinite.e4m3x2.f32: to the nearest, ties to even, beyond 448 to 448. PTX 9.7.9.21.
 DEVICE uint16_t cvt_e4m3x2(float low, float high AND_WHERE) {
-  PTX(uint16_t packed;
-      asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low)); return packed;)
+  PTX(uint16_t packed; asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));
+      return packed;)
   SIM(sim::check_number(low, where); sim::check_number(high, where);
       return static_cast<uint16_t>(sim::to_e4m3(low) | sim::to_e4m3(high) << 8);)
 }
 
-// ex2.approx.ftz: 2^x to 2 ulp. PTX 9.7.3.22.
+// ex2.approx.ftz: 2^x to 2 ulp. PTX 9.7.3.21.
 DEVICE float ex2(float x) {
   PTX(float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;)
   SIM(return std::exp2(x);)
 }
 
-// lg2.approx.ftz. PTX 9.7.3.21.
+// lg2.approx.ftz. PTX 9.7.3.20.
 DEVICE float lg2(float x) {
   PTX(float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;)
   SIM(return std::log2(x);)
@@ -76,7 +76,7 @@ DEVICE float fma(float x, float y, float z) {
   SIM(return std::fma(x, y, z);)
 }
 
-// max.u16x2: of the two halves each. PTX 9.7.1.14.
+// max.u16x2: of the two halves each. PTX 9.7.1.13.
 DEVICE uint32_t max_u16x2(uint32_t x, uint32_t y) {
   PTX(uint32_t z; asm("max.u16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y)); return z;)
   SIM(uint32_t low = (x & 0xffff) > (y & 0xffff) ? x & 0xffff : y & 0xffff;

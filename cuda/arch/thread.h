@@ -47,7 +47,7 @@ DEVICE void syncwarp(WHERE) {
 // The warp's index in its block, in a form that the compiler knows to be the same in all its lanes.
 DEVICE int warp_index(WHERE) { return shfl(thread_index() / warp_size, 0 SIM(, where)); }
 
-// elect.sync: true in one lane of the warp. PTX 9.7.13.15.
+// elect.sync: true in one lane of the warp. PTX 9.7.13.14.
 DEVICE bool elect(WHERE) {
   PTX(uint32_t elected;
       asm volatile("{\n .reg .pred p;\n elect.sync _|p, 0xffffffff;\n selp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
@@ -72,7 +72,7 @@ DEVICE void setmaxnreg_inc(WHERE) {
 
 // griddepcontrol: programmatic dependent launch. Wait before the first access to what an earlier kernel wrote; launch
 // once later kernels may start. PTX 9.7.13.13.
-DEVICE void griddepcontrol_wait() { PTX(asm volatile("griddepcontrol.wait;" ::: "memory");) }
-DEVICE void griddepcontrol_launch_dependents() { PTX(asm volatile("griddepcontrol.launch_dependents;" ::: "memory");) }
+DEVICE void griddepcontrol_wait() { PTX(asm volatile("griddepcontrol.wait;" :: : "memory");) }
+DEVICE void griddepcontrol_launch_dependents() { PTX(asm volatile("griddepcontrol.launch_dependents;" :: : "memory");) }
 
 }  // namespace jaxkern::cuda

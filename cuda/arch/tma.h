@@ -20,7 +20,8 @@ using TensorMap = CUtensorMap;
 
 enum class Element { uint8, bfloat16, float32 };
 
-// How 16-byte chunks of a box's rows are permuted in shared memory, and with it the longest row: 16 times 1, 2, 4 or 8.
+// How 16-byte chunks of a box's rows are permuted in shared memory, and with it the length of a row: 32, 64 or 128
+// bytes; without, up to 256 elements.
 enum class Swizzle { none, bytes_32, bytes_64, bytes_128 };
 
 // A map over `base`, sizes and box from the innermost axis out. `strides` are in bytes, of the axes but the innermost.
@@ -29,29 +30,31 @@ template <int rank>
 std::string tensor_map(TensorMap& map, const void* base, Element element, const int64_t (&sizes)[rank],
                        const int64_t (&strides)[rank - 1], const int (&box)[rank], Swizzle swizzle);
 
-// prefetch.tensormap. PTX 9.7.9.16.
+// prefetch.tensormap. PTX 9.7.9.15.
 DEVICE void prefetch_tensormap(const TensorMap& map) {
   PTX(asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");)
   SIM(static_cast<void>(map);)
 }
 
-// cp.async.bulk.tensor: the box of `map` at `at` (innermost first) into shared memory; its bytes, also of what lies beyond
-// the tensor, are counted on `barrier`. By one thread. at[0] must be a multiple of 16 bytes. PTX 9.7.9.27.1.
+// cp.async.bulk.tensor: the box of `map` at `at` (innermost first) into shared memory; its bytes, also of what lies
+// beyond the tensor, are counted on `barrier`. By one thread. at[0] must be a multiple of 16 bytes. PTX 9.7.9.25.5.2.
 template <int rank>
 DEVICE void cp_async_bulk_tensor(void* destination, const TensorMap& map, const int (&at)[rank],
                                  Barrier& barrier AND_WHERE) {
   static_assert(rank == 2 || rank == 3);
 #ifndef JAXKERN_SIM
   if constexpr (rank == 2) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-                     shared_address(destination)),
-                 "l"(&map), "r"(at[0]), "r"(at[1]), "r"(shared_address(&barrier))
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            shared_address(destination)),
+        "l"(&map), "r"(at[0]), "r"(at[1]), "r"(shared_address(&barrier))
+        : "memory");
   } else {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
-                     shared_address(destination)),
-                 "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(shared_address(&barrier))
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::
+            "r"(shared_address(destination)),
+        "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(shared_address(&barrier))
+        : "memory");
   }
 #endif
   SIM(sim::tensor_load(shared_address(destination), map, at, rank, shared_address(&barrier), 0, where);)
@@ -64,22 +67,24 @@ DEVICE void cp_async_bulk_tensor_multicast(void* destination, const TensorMap& m
   static_assert(rank == 2 || rank == 3);
 #ifndef JAXKERN_SIM
   if constexpr (rank == 2) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-                 " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(destination)),
-                 "l"(&map), "r"(at[0]), "r"(at[1]), "r"(shared_address(&barrier)), "h"(blocks)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared_address(destination)),
+        "l"(&map), "r"(at[0]), "r"(at[1]), "r"(shared_address(&barrier)), "h"(blocks)
+        : "memory");
   } else {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
-                 " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(destination)),
-                 "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(shared_address(&barrier)), "h"(blocks)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+        " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(shared_address(destination)),
+        "l"(&map), "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(shared_address(&barrier)), "h"(blocks)
+        : "memory");
   }
 #endif
   SIM(sim::tensor_load(shared_address(destination), map, at, rank, shared_address(&barrier), blocks, where);)
 }
 
 // cp.async.bulk.tensor from shared memory to the box of `map` at `at`, none of it negative. By one thread;
-// bulk_commit_group follows.
+// bulk_commit_group follows. Where the innermost axis ends inside 16 bytes, all 16 are written.
 template <int rank>
 DEVICE void cp_async_bulk_tensor_store(const TensorMap& map, const int (&at)[rank], const void* source AND_WHERE) {
   static_assert(rank == 2 || rank == 3);
@@ -89,15 +94,15 @@ DEVICE void cp_async_bulk_tensor_store(const TensorMap& map, const int (&at)[ran
                  "r"(at[1]), "r"(shared_address(source))
                  : "memory");
   } else {
-    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(&map), "r"(at[0]),
-                 "r"(at[1]), "r"(at[2]), "r"(shared_address(source))
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(&map),
+                 "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(shared_address(source))
                  : "memory");
   }
 #endif
   SIM(sim::tensor_store(map, at, rank, shared_address(source), false, where);)
 }
 
-// cp.reduce.async.bulk.tensor.add: the same, added to what is there. PTX 9.7.9.27.2.
+// cp.reduce.async.bulk.tensor.add: the same, added to what is there. PTX 9.7.9.25.5.3.
 template <int rank>
 DEVICE void cp_reduce_async_bulk_tensor_add(const TensorMap& map, const int (&at)[rank], const void* source AND_WHERE) {
   static_assert(rank == 2 || rank == 3);
@@ -107,9 +112,10 @@ DEVICE void cp_reduce_async_bulk_tensor_add(const TensorMap& map, const int (&at
                  "r"(at[0]), "r"(at[1]), "r"(shared_address(source))
                  : "memory");
   } else {
-    asm volatile("cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(&map),
-                 "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(shared_address(source))
-                 : "memory");
+    asm volatile(
+        "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(&map),
+        "r"(at[0]), "r"(at[1]), "r"(at[2]), "r"(shared_address(source))
+        : "memory");
   }
 #endif
   SIM(sim::tensor_store(map, at, rank, shared_address(source), true, where);)
@@ -134,7 +140,7 @@ DEVICE void cp_async_bulk_store(Global<T> x, int64_t i, const void* source, uint
 
 // cp.async.bulk.commit_group: makes a group of this thread's stores so far. PTX 9.7.9.25.6.1.
 DEVICE void bulk_commit_group(WHERE) {
-  PTX(asm volatile("cp.async.bulk.commit_group;" ::: "memory");)
+  PTX(asm volatile("cp.async.bulk.commit_group;" :: : "memory");)
   SIM(sim::bulk_commit_group(where);)
 }
 
@@ -171,7 +177,7 @@ DEVICE void cp_async(uint32_t destination, Global<const T> x, int64_t i, bool va
 
 // cp.async.commit_group and cp.async.wait_group. PTX 9.7.9.25.3.2 and 9.7.9.25.3.3.
 DEVICE void cp_async_commit_group(WHERE) {
-  PTX(asm volatile("cp.async.commit_group;" ::: "memory");)
+  PTX(asm volatile("cp.async.commit_group;" :: : "memory");)
   SIM(sim::cp_async_commit_group(where);)
 }
 
@@ -181,8 +187,8 @@ DEVICE void cp_async_wait_group(WHERE) {
   SIM(sim::cp_async_wait_group(pending, where);)
 }
 
-// cp.async.mbarrier.arrive.noinc: one of the barrier's expected arrivals, once this thread's copies so far are complete.
-// PTX 9.7.13.16.17.
+// cp.async.mbarrier.arrive.noinc: one of the barrier's expected arrivals, once this thread's copies so far are
+// complete. PTX 9.7.13.15.15.
 DEVICE void cp_async_mbarrier_arrive(Barrier& barrier AND_WHERE) {
   PTX(asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(&barrier)) : "memory");)
   SIM(sim::cp_async_mbarrier_arrive(shared_address(&barrier), where);)
@@ -225,10 +231,10 @@ std::string tensor_map(TensorMap& map, const void* base, Element element, const 
     element_strides[i] = 1;
   }
   for (int i = 0; i < rank - 1; ++i) driver_strides[i] = strides[i];
-  CUresult result = encode(&map, types[static_cast<int>(element)], rank, const_cast<void*>(base), driver_sizes,
-                           driver_strides, driver_box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                           swizzles[static_cast<int>(swizzle)], CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  CUresult result =
+      encode(&map, types[static_cast<int>(element)], rank, const_cast<void*>(base), driver_sizes, driver_strides,
+             driver_box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzles[static_cast<int>(swizzle)],
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? "" : "cuTensorMapEncodeTiled failed with " + std::to_string(result);
 }
 

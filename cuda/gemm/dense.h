@@ -2,11 +2,13 @@
 //
 //   warp 0 of the last warpgroup   copies tiles of a and b and their scales into a ring of stages, with the copy engine
 //   warp 1 of the last warpgroup   copies the scales where the copy engine cannot
-//   the other warpgroups           multiply; each has its 64 or 128 rows of the tile, keeps their float32 sums, and stores
+//   the other warpgroups           multiply; each has its 64 or 128 rows of the tile, keeps their float32 sums, and
+//   stores
 //                                  them while the producers fetch the next tile
 //
-// The two blocks of a cluster take tiles one above the other, which need the same rows of b: each fetches half of them for
-// both. A pair whose second tile lies beyond m is computed all the same, on zeros: no block ever waits for one that is gone.
+// The two blocks of a cluster take tiles one above the other, which need the same rows of b: each fetches half of them
+// for both. A pair whose second tile lies beyond m is computed all the same, on zeros: no block ever waits for one that
+// is gone.
 #pragma once
 
 #include "cuda/gemm/tile.h"
@@ -54,9 +56,7 @@ struct Dense {
   static constexpr int most_stages = (max_shared_bytes - staging_bytes - 2048) / stage_bytes;
   static constexpr int stages = most_stages < 8 ? most_stages : 8;
   static_assert(stages >= 3);
-  static std::string name() {
-    return instance_name("Dense", {tile_m, tile_n, cluster}, b_rows, sizeof(Out) == 4);
-  }
+  static std::string name() { return instance_name("Dense", {tile_m, tile_n, cluster}, b_rows, sizeof(Out) == 4); }
 
   using Params = DenseParams<Out>;
   using At = Position<stages>;
@@ -125,8 +125,8 @@ struct Dense {
           cp_async_bulk_tensor<2>(&s.a_scales[at.stage], p.a_scales_map, {t.m_tile * tile_m, t.batch * p.k_blocks + k},
                                   s.full[at.stage]);
           if constexpr (b_rows)
-            cp_async_bulk_tensor<2>(&s.b_scales[at.stage], p.b_scales_map, {t.n_tile * tile_n, b_batch * p.k_blocks + k},
-                                    s.full[at.stage]);
+            cp_async_bulk_tensor<2>(&s.b_scales[at.stage], p.b_scales_map,
+                                    {t.n_tile * tile_n, b_batch * p.k_blocks + k}, s.full[at.stage]);
         }
         cp_async_bulk_tensor<3>(&s.a[at.stage], p.a, {k * block_k, t.m_tile * tile_m, t.batch}, s.full[at.stage]);
         if constexpr (cluster == 1) {
@@ -150,8 +150,8 @@ struct Dense {
         mbarrier_wait(s.empty[at.stage], at.phase ^ 1);
         copy_scales(s.a_scales[at.stage], p.a_scales, int64_t(t.batch) * p.k_blocks + k, t.m_tile * tile_m, p.m);
         if constexpr (b_rows)
-          copy_scales(s.b_scales[at.stage], p.b_scales,
-                              int64_t(p.b_batch == 1 ? 0 : t.batch) * p.k_blocks + k, t.n_tile * tile_n, p.n);
+          copy_scales(s.b_scales[at.stage], p.b_scales, int64_t(p.b_batch == 1 ? 0 : t.batch) * p.k_blocks + k,
+                      t.n_tile * tile_n, p.n);
         cp_async_mbarrier_arrive(s.full[at.stage]);
       }
     }
@@ -188,7 +188,8 @@ struct Dense {
           Pack<float, 2> columns[b_rows ? tile_n / 8 : 1];
           if constexpr (b_rows)
 #pragma unroll
-            for (int j = 0; j < tile_n / 8; ++j) columns[j] = load_pack<2>(s.b_scales[at.stage][fragment_column(4 * j)]);
+            for (int j = 0; j < tile_n / 8; ++j)
+              columns[j] = load_pack<2>(s.b_scales[at.stage][fragment_column(4 * j)]);
           wgmma_wait_group<0>(sums);
           if (slab == slabs - 1) release(s.empty[at.stage]);
 #pragma unroll
@@ -208,8 +209,8 @@ struct Dense {
     if (thread_index() % warpgroup_size == 0) bulk_wait_group<0>();
   }
 
-  // The two math warpgroups take turns at the tensor cores, so that one multiplies while the other promotes its sums. Left
-  // to themselves they fall into step, and the tensor cores idle while both promote.
+  // The two math warpgroups take turns at the tensor cores, so that one multiplies while the other promotes its sums.
+  // Left to themselves they fall into step, and the tensor cores idle while both promote.
   static constexpr int turn = 4;  // and 5: named barriers
 
   // The scales of a tile's columns, one for each `width` of them.
@@ -263,7 +264,8 @@ struct Dense {
       bar_sync(1 + group, warpgroup_size);
       if (first) {
         for (int j = 0; j < staged; ++j)
-          cp_async_bulk_tensor_store<3>(p.out, {first_column + (i + j) * strip, first_row, t.batch}, &s.staging[group][j]);
+          cp_async_bulk_tensor_store<3>(p.out, {first_column + (i + j) * strip, first_row, t.batch},
+                                        &s.staging[group][j]);
         bulk_commit_group();
       }
     }

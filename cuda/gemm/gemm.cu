@@ -16,21 +16,25 @@ using namespace jaxkern::cuda::kernels;
 // The kernels that exist. A plan is one of them.
 enum class Plan { small_16, small_32, small_64, dense_128_64, dense_128_128, dense_128_192, dense_256_128 };
 
-// Few rows: the kernel that reads b once and does nothing else, while all rows fit into one tile. More rows: the tile with
-// the least time, by the model below, of those whose rows are not mostly beyond m.
+// Few rows: the kernel that reads b once and does nothing else, while all rows fit into one tile. More rows: the tile
+// with the least time, by the model below, of those whose rows are not mostly beyond m.
 //
-// A wave of tiles, one on each multiprocessor, takes what its products take at the tensor cores' rate (8192 e4m3 operations
-// a cycle), or what its operands take from L2 (about 46 bytes a cycle and multiprocessor), whichever is more.
+// A wave of tiles, one on each multiprocessor, takes what its products take at the tensor cores' rate (8192 e4m3
+// operations a cycle), or what its operands take from L2 (about 46 bytes a cycle and multiprocessor), whichever is
+// more.
 Plan choose(const Gemm& g, int multiprocessors) {
   if (g.m <= 16) return Plan::small_16;
   if (g.m <= 32) return Plan::small_32;
   if (g.m <= 64) return Plan::small_64;
-  if (g.m <= 128 && g.batch * ceil_div(g.n, 64) * 2 <= multiprocessors) return Plan::small_64;  // along k, to use them all
+  if (g.m <= 128 && g.batch * ceil_div(g.n, 64) * 2 <= multiprocessors)
+    return Plan::small_64;  // along k, to use them all
   constexpr struct {
     Plan plan;
     int m, n;
-  } tiles[] = {{Plan::dense_256_128, 256, 128}, {Plan::dense_128_192, 128, 192},
-                             {Plan::dense_128_128, 128, 128}, {Plan::dense_128_64, 128, 64}};
+  } tiles[] = {{Plan::dense_256_128, 256, 128},
+               {Plan::dense_128_192, 128, 192},
+               {Plan::dense_128_128, 128, 128},
+               {Plan::dense_128_64, 128, 64}};
   Plan best = Plan::dense_128_128;
   double least = 0;
   for (const auto& t : tiles) {
@@ -97,8 +101,7 @@ Error launch_dense(const Gemm& g, Stream stream) {
   Error error = all_of({matrix_map(p.a, g.a, Element::uint8, 1, g.batch, g.m, g.k, tile_m),
                         matrix_map(p.b, g.b, Element::uint8, 1, g.b_batch, g.n, g.k, tile_n / cluster),
                         matrix_map(p.out, g.out, element, sizeof(Out), g.batch, g.m, g.n, 64)});
-  if (error.empty() && p.scales_by_copy_engine)
-    error = scales_map(p.a_scales_map, p.a_scales, g.m, tile_m);
+  if (error.empty() && p.scales_by_copy_engine) error = scales_map(p.a_scales_map, p.a_scales, g.m, tile_m);
   if (error.empty() && p.scales_by_copy_engine && b_rows) error = scales_map(p.b_scales_map, p.b_scales, g.n, tile_n);
   if (!error.empty()) return error;
   return launch<Kernel>(std::min<int64_t>(blocks, g.batch * p.m_tiles * p.n_tiles), cluster, p, stream);
@@ -150,9 +153,9 @@ Error launch_plan(Plan plan, const Gemm& g, Stream stream) {
 
 template <bool b_rows, typename Out>
 Error prepare_plans() {
-  Error error = all_of({prepare<Small<16, b_rows, Out>>(), prepare<Small<32, b_rows, Out>>(),
-                        prepare<Small<64, b_rows, Out>>(),
-                        prepare<Dense<128, 64, 1, b_rows, Out>>(), prepare<Dense<128, 128, 1, b_rows, Out>>()});
+  Error error =
+      all_of({prepare<Small<16, b_rows, Out>>(), prepare<Small<32, b_rows, Out>>(), prepare<Small<64, b_rows, Out>>(),
+              prepare<Dense<128, 64, 1, b_rows, Out>>(), prepare<Dense<128, 128, 1, b_rows, Out>>()});
   if constexpr (!b_rows && sizeof(Out) == 2)
     error = all_of({error, prepare<Dense<128, 192, 2, b_rows, Out>>(), prepare<Dense<256, 128, 2, b_rows, Out>>()});
   return error;
@@ -166,7 +169,8 @@ Error gemm(const Gemm& g, Stream stream) {
   if (g.k == 0) return g.accumulator ? copy(g.out, g.accumulator, out_bytes, stream) : zero(g.out, out_bytes, stream);
   Plan plan = choose(g, multiprocessors());
   bool b_rows = g.b_block == 1;
-  if (g.out_is_float32) return b_rows ? launch_plan<true, float>(plan, g, stream) : launch_plan<false, float>(plan, g, stream);
+  if (g.out_is_float32)
+    return b_rows ? launch_plan<true, float>(plan, g, stream) : launch_plan<false, float>(plan, g, stream);
   return b_rows ? launch_plan<true, bfloat16>(plan, g, stream) : launch_plan<false, bfloat16>(plan, g, stream);
 }
 

@@ -1,6 +1,7 @@
-// out = a b^T for few rows of a, as when decoding. The rows of b take the place of the 64 rows of a wgmma and those of a that
-// of its columns, which come in 16s: no tensor core works on rows that do not exist. All time goes into reading b once, so
-// the blocks of a cluster share a tile of it along k, and add their parts in the order of k: the same bits on every run.
+// out = a b^T for few rows of a, as when decoding. The rows of b take the place of the 64 rows of a wgmma and those of
+// a that of its columns, which come in 16s: no tensor core works on rows that do not exist. All time goes into reading
+// b once, so the blocks of a cluster share a tile of it along k, and add their parts in the order of k: the same bits
+// on every run.
 //
 //   warpgroup 0  multiplies
 //   warp 4       copies tiles of b and a into a ring of stages
@@ -160,8 +161,8 @@ struct Small {
     for (int i = 0; i < tile_m / 2; ++i) store(s.part[fragment_column(i)][fragment_row(i)], totals[i]);
   }
 
-  // The sums of all blocks of the cluster, each block its share of the rows: a warp takes a row, a lane two neighbouring
-  // columns.
+  // The sums of all blocks of the cluster, each block its share of the rows: a warp takes a row, a lane two
+  // neighbouring columns.
   template <bool of_cluster>
   DEVICE static void store_rows(const Params& p, Smem& s, Work w) {
     int rank = of_cluster ? cluster_rank() : 0, parts = of_cluster ? p.parts : 1;

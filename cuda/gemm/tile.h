@@ -1,7 +1,7 @@
 // What the matrix products share: the ring of stages between the producers and the tensor cores, and one 128 of k.
 //
-// Left is the operand that wgmma takes as its A, 64 rows for each warpgroup; right is its B. The dense kernel puts a left
-// and b right; the one for few rows the other way round, so that those rows cost no more than they are.
+// Left is the operand that wgmma takes as its A, 64 rows for each warpgroup; right is its B. The dense kernel puts a
+// left and b right; the one for few rows the other way round, so that those rows cost no more than they are.
 #pragma once
 
 #include <initializer_list>
@@ -15,8 +15,8 @@ constexpr int block_k = 128;  // of one stage, and of one scale
 constexpr int swizzle_row = 128;
 constexpr int swizzle_group = 8 * swizzle_row;
 
-// Where a role stands in a ring of stages. A consumer waits for a full stage with `phase`, a producer for an empty one with
-// the other: "the phase before the first" has ended.
+// Where a role stands in a ring of stages. A consumer waits for a full stage with `phase`, a producer for an empty one
+// with the other: "the phase before the first" has ended.
 template <int stages>
 struct Position {
   int stage = 0;
@@ -45,8 +45,8 @@ DEVICE void multiply_stage(float (&sums)[n / 2], const void* left, const void* r
 DEVICE int fragment_row(int i) { return thread_index() % warpgroup_size / 32 * 16 + lane_index() / 4 + i / 2 % 2 * 8; }
 DEVICE int fragment_column(int i) { return i / 4 * 8 + lane_index() % 4 * 2 + i % 2; }
 
-// The scales of `rows` rows from `first` on for one 128 of k, by a warp; zeros beyond the matrix. They are stored with the
-// rows contiguous, but a row of any length, so that a tensor map could not describe them.
+// The scales of `rows` rows from `first` on for one 128 of k, by a warp; zeros beyond the matrix. They are stored with
+// the rows contiguous, but a row of any length, so that a tensor map could not describe them.
 template <int rows>
 DEVICE void copy_scales(Shared<float> (&to)[rows], Global<const float> scales, int64_t k_block, int first,
                         int all_rows AND_WHERE) {
@@ -54,7 +54,8 @@ DEVICE void copy_scales(Shared<float> (&to)[rows], Global<const float> scales, i
   for (int i = 0; i < rows; i += warp_size) {
     int row = i + lane_index();
     if (rows % warp_size == 0 || row < rows)
-      cp_async<4>(shared_address(&to[row]), scales, k_block * all_rows + first + row, first + row < all_rows SIM(, where));
+      cp_async<4>(shared_address(&to[row]), scales, k_block * all_rows + first + row,
+                  first + row < all_rows SIM(, where));
   }
 }
 

@@ -47,7 +47,8 @@ void Machine::check_initialised(Mbarrier& barrier, bool needs_fence, const Where
   if (&by != &thread && thread.clock[by.component] < barrier.initialiser_epoch)
     fail(where, text("race: the mbarrier at shared %#x was initialised with no barrier between", barrier.address));
   if (needs_fence && by.fences + by.init_fences == barrier.initialiser_fences)
-    fail(where, text("the mbarrier at shared %#x was initialised with no fence.mbarrier_init after it", barrier.address));
+    fail(where,
+         text("the mbarrier at shared %#x was initialised with no fence.mbarrier_init after it", barrier.address));
 }
 
 void Machine::arrive(Mbarrier& barrier, const Clock& clock, double time, const Where& where) {
@@ -62,7 +63,8 @@ void Machine::arrive(Mbarrier& barrier, const Clock& clock, double time, const W
 
 void Machine::complete_bytes(Mbarrier& barrier, int64_t bytes, double time, const Where& where) {
   barrier.bytes -= bytes;
-  if (barrier.bytes <= -(1 << 20)) fail(where, text("transaction count underflow: %ld bytes too many", long(-barrier.bytes)));
+  if (barrier.bytes <= -(1 << 20))
+    fail(where, text("transaction count underflow: %ld bytes too many", long(-barrier.bytes)));
   barrier.arriving_time = std::max(barrier.arriving_time, time);
   end_phase_if_complete(barrier, where);
 }
@@ -96,7 +98,8 @@ void mbarrier_expect_tx(uint32_t address, uint32_t bytes, Where where) {
   Mbarrier& barrier = m.mbarrier(address, where);
   m.check_initialised(barrier, true, where);
   barrier.bytes += bytes;
-  if (barrier.bytes >= 1 << 20) fail(where, text("transaction count overflow: %ld bytes are expected", long(barrier.bytes)));
+  if (barrier.bytes >= 1 << 20)
+    fail(where, text("transaction count overflow: %ld bytes are expected", long(barrier.bytes)));
 }
 
 void mbarrier_wait(uint32_t address, uint32_t parity, Where where) {

@@ -143,7 +143,8 @@ std::string tensor_map(TensorMap& map, const void* base, int element_bytes, bool
   }
   int row = box[0] * element_bytes;
   if (row % 16) return text("tensor map: rows of %d bytes, no multiple of 16", row);
-  if (swizzle && row != 16 << swizzle) return text("tensor map: rows of %d bytes with a swizzle of %d", row, 16 << swizzle);
+  if (swizzle && row != 16 << swizzle)
+    return text("tensor map: rows of %d bytes with a swizzle of %d", row, 16 << swizzle);
   return {};
 }
 
@@ -152,7 +153,8 @@ void tensor_load(uint32_t destination, const TensorMap& map, const int* at, int 
   Machine& m = machine();
   check_box(map, at, rank, destination, "cp.async.bulk.tensor", where);
   std::array<int, 3> corner{at[0], at[1], rank == 3 ? at[2] : 0};
-  if (blocks >> m.blocks_.size()) fail(where, text("multicast to blocks %#x of a cluster of %zu", blocks, m.blocks_.size()));
+  if (blocks >> m.blocks_.size())
+    fail(where, text("multicast to blocks %#x of a cluster of %zu", blocks, m.blocks_.size()));
   for (int rank = 0; rank < static_cast<int>(m.blocks_.size()); ++rank) {
     Block& block = *m.blocks_[rank];
     if (blocks ? !(blocks >> rank & 1) : &block != &m.block()) continue;
@@ -188,6 +190,10 @@ void tensor_store(const TensorMap& map, const int* at, int rank, uint32_t source
   std::array<int, 3> corner{at[0], at[1], rank == 3 ? at[2] : 0};
   if (std::min({corner[0], corner[1], corner[2]}) < 0)  // an illegal instruction to an H200
     fail(where, text("%s to the negative coordinates %d, %d, %d", what, corner[0], corner[1], corner[2]));
+  for_rows(map, corner, [&](int, int, int bytes, int64_t) {
+    if (bytes % 16)  // an H200 writes all 16
+      fail(where, text("%s over the end of rows of %ld elements, no multiple of 16 bytes", what, long(map.sizes[0])));
+  });
   start_store(what, source, box_bytes(map), where, [=, &m](const std::vector<uint8_t>& staged) {
     for_rows(map, corner, [&](int row, int skip, int bytes, int64_t offset) {
       if (!bytes) return;
@@ -226,7 +232,8 @@ void bulk_load(uint32_t destination, const void* base, int64_t size, int64_t off
 void bulk_store(void* base, int64_t size, int64_t offset, uint32_t source, uint32_t bytes, Where where) {
   Machine& m = machine();
   uint8_t* destination = m.global(base, size, offset, bytes, true, where);
-  if (reinterpret_cast<uintptr_t>(destination) % 16) fail(where, "cp.async.bulk to global memory not aligned to 16 bytes");
+  if (reinterpret_cast<uintptr_t>(destination) % 16)
+    fail(where, "cp.async.bulk to global memory not aligned to 16 bytes");
   start_store("cp.async.bulk", source, bytes, where,
               [=](const std::vector<uint8_t>& staged) { memcpy(destination, staged.data(), bytes); });
 }
@@ -248,12 +255,14 @@ void bulk_wait_group(int pending, bool read, Where where) {
         m.block_on({.kind = Wait::bulk, .what = what}, where);
       m.note_read(*o->block, o->address, o->bytes, thread);
     }
-  while (!thread.bulk_groups.empty() && std::all_of(thread.bulk_groups.front().begin(), thread.bulk_groups.front().end(),
-                                                    [](auto& o) { return o->done(); }))
+  while (!thread.bulk_groups.empty() &&
+         std::all_of(thread.bulk_groups.front().begin(), thread.bulk_groups.front().end(),
+                     [](auto& o) { return o->done(); }))
     thread.bulk_groups.pop_front();
 }
 
-void cp_async(uint32_t destination, const void* base, int64_t size, int64_t offset, int bytes, bool valid, Where where) {
+void cp_async(uint32_t destination, const void* base, int64_t size, int64_t offset, int bytes, bool valid,
+              Where where) {
   Machine& m = machine();
   Thread& thread = m.self();
   Block& block = m.block();
@@ -295,8 +304,8 @@ void cp_async_wait_group(int pending, Where where) {
       while (!o->done()) m.block_on({.kind = Wait::cp_async, .what = "cp.async.wait_group"}, where);
       // Others may read it once they hear from this thread after this wait; or have already, through a barrier.
       if (!o->published)
-        m.note_write(*o->block, o->address, o->bytes, thread.component, thread.clock[thread.component], thread.fences, false,
-                     o->where);
+        m.note_write(*o->block, o->address, o->bytes, thread.component, thread.clock[thread.component], thread.fences,
+                     false, o->where);
     }
     thread.copy_groups.pop_front();
   }

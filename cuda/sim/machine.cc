@@ -29,7 +29,8 @@ struct Stacks {
   }
   void* take() {
     if (free.empty()) {
-      void* stack = mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      void* stack =
+          mmap(nullptr, stack_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (stack == MAP_FAILED) return nullptr;
       mprotect(stack, 4096, PROT_NONE);  // what overflows stops here, not in another thread's stack
       all.push_back(stack);
@@ -124,7 +125,8 @@ __attribute__((target_clones("avx2", "default"))) void join(Clock& clock, const 
 
 std::string launch(const Kernel& kernel, int blocks, const void* params, void (*run)(const void*, void*)) {
   if (blocks <= 0 || blocks % kernel.cluster)
-    return text("%s: %d blocks are no positive multiple of the cluster's %d", kernel.name.c_str(), blocks, kernel.cluster);
+    return text("%s: %d blocks are no positive multiple of the cluster's %d", kernel.name.c_str(), blocks,
+                kernel.cluster);
   if (kernel.threads <= 0 || kernel.threads > 1024 || kernel.threads % lanes)
     return text("%s: %d threads are no multiple of 32 up to 1024", kernel.name.c_str(), kernel.threads);
   auto machine = std::make_unique<Machine>(kernel, blocks, params, run);
@@ -327,8 +329,8 @@ void Machine::collective(const char* what, const Where& where, uint64_t in, void
   Collective& c = warp.collective;
   if (warp.live_lanes != lanes) fail(where, text("%s needs the whole warp, but lanes of it have exited", what));
   if (c.present && (strcmp(c.what, what) || !same_line(c.where, where)))
-    fail(where, text("divergent warp: %s here, while other lanes are in %s at %s", what, c.what,
-                     describe(c.where).c_str()));
+    fail(where,
+         text("divergent warp: %s here, while other lanes are in %s at %s", what, c.what, describe(c.where).c_str()));
   c.what = what;
   c.where = where;
   c.present |= 1u << thread.lane;
@@ -390,7 +392,8 @@ uint32_t ballot(bool predicate, Where where) {
 }
 
 void syncwarp(Where where) {
-  machine().collective("bar.warp.sync", where, 0, nullptr, nullptr, [](Warp& w, Collective&) { machine().join_lanes(w); });
+  machine().collective("bar.warp.sync", where, 0, nullptr, nullptr,
+                       [](Warp& w, Collective&) { machine().join_lanes(w); });
 }
 
 bool elect(Where where) {
@@ -545,8 +548,8 @@ void Machine::mismatch_at_exit(Thread& thread) {
         static_cast<int>(operation->steps.size()) > operation->steps_after_read)
       fail(operation->where, text("%s is in flight when its thread exits", operation->what));
   if (thread.warp->collective.present)
-    fail(thread.warp->collective.where, text("divergent warp: lane %d exits while others wait in %s", thread.lane,
-                                             thread.warp->collective.what));
+    fail(thread.warp->collective.where,
+         text("divergent warp: lane %d exits while others wait in %s", thread.lane, thread.warp->collective.what));
   if (!thread.warp->in_order.empty() || !thread.warp->open_group.empty())
     fail(thread.where, "a thread exits with wgmma in flight or in no group");
 }
@@ -568,8 +571,9 @@ void Machine::finish_cluster() {
                text("divergent warpgroup: its warps issued %zu and %zu wgmma", first.issued, other.issued),
                other.threads[0]);
         if (other.registers != first.registers)
-          fail(other.threads[0]->where, text("divergent warpgroup: setmaxnreg gave its warps %d and %d registers",
-                                             first.registers, other.registers),
+          fail(other.threads[0]->where,
+               text("divergent warpgroup: setmaxnreg gave its warps %d and %d registers", first.registers,
+                    other.registers),
                other.threads[0]);
       }
       counts_.idle[g] += group.idle;
@@ -578,8 +582,9 @@ void Machine::finish_cluster() {
     for (size_t i = 0; i < block->named.size(); ++i) {
       NamedBarrier& named = block->named[i];
       if (named.arrived)
-        fail(named.where, text("the block exits with %d of %d threads arrived at barrier %zu", named.arrived,
-                                     named.expected, i), named.last);
+        fail(named.where,
+             text("the block exits with %d of %d threads arrived at barrier %zu", named.arrived, named.expected, i),
+             named.last);
     }
     double end = 0;
     for (auto& thread : block->threads) {

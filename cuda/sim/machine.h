@@ -18,31 +18,31 @@
 namespace jaxkern::cuda::sim {
 
 constexpr int lanes = 32;
-constexpr uint32_t shared_base = 0x400;    // where a block's shared memory begins: the first KiB is the system's
-constexpr uint32_t page_bytes = 256;       // of what is known of small reads
-constexpr int rank_shift = 24;             // mapa's addresses: rank + 1 above the address
+constexpr uint32_t shared_base = 0x400;  // where a block's shared memory begins: the first KiB is the system's
+constexpr uint32_t page_bytes = 256;     // of what is known of small reads
+constexpr int rank_shift = 24;           // mapa's addresses: rank + 1 above the address
 constexpr float poison = __builtin_nanf("0x3b0b0");  // accumulators in flight; arithmetic keeps the payload
 
 // ---- who knows of whose accesses: vector clocks ----
 
-// One entry for each thread of the cluster, the last of its epochs that is known, and one for each mbarrier: its phases. A
-// thread's epoch ends when it releases what it did: at every arrival and every barrier.
+// One entry for each thread of the cluster, the last of its epochs that is known, and one for each mbarrier: its
+// phases. A thread's epoch ends when it releases what it did: at every arrival and every barrier.
 using Clock = std::vector<uint32_t>;
 
 void join(Clock& clock, const Clock& other);
 
 // ---- shared memory and what is known of it ----
 
-struct Word {                // of 4 bytes: its last write, or what all its writers have in common
-  uint32_t epoch = 0;        // of the component that wrote
-  uint32_t fences = 0;       // of the writing thread, then
+struct Word {           // of 4 bytes: its last write, or what all its writers have in common
+  uint32_t epoch = 0;   // of the component that wrote
+  uint32_t fences = 0;  // of the writing thread, then
   uint16_t component = 0;
   uint16_t site = 0;
-  uint8_t written = 0;       // a bit a byte
+  uint8_t written = 0;  // a bit a byte
   bool by_copy_engine = false;
-  bool in_flight = false;    // a copy will write it
+  bool in_flight = false;  // a copy will write it
   bool is_barrier = false;
-  bool is_split = false;     // its bytes differ in who wrote them: see Block::split
+  bool is_split = false;  // its bytes differ in who wrote them: see Block::split
 };
 
 struct Thread;
@@ -147,7 +147,7 @@ struct Warp {
   bool fenced = false;  // wgmma_fence since the last wait
   std::vector<std::shared_ptr<Operation>> open_group;
   std::deque<std::vector<std::shared_ptr<Operation>>> groups;
-  std::deque<std::shared_ptr<Operation>> in_order;  // wgmmas, as the tensor cores will do them
+  std::deque<std::shared_ptr<Operation>> in_order;              // wgmmas, as the tensor cores will do them
   std::map<float*, std::shared_ptr<Accumulator>> accumulators;  // by lane 0's registers
   std::vector<Fragment> fragments;
   double operations_end = 0;
@@ -158,7 +158,7 @@ struct Warp {
 
 struct Warpgroup {
   std::vector<std::array<uint64_t, 3>> log;  // of each wgmma its shape and descriptors, in which the warps must agree
-  double idle = 0, tensor = 0;  // cycles
+  double idle = 0, tensor = 0;               // cycles
 };
 
 struct NamedBarrier {
@@ -176,11 +176,11 @@ struct Block {
   std::vector<uint8_t> storage;
   uint8_t* shared;  // aligned as the hardware's
   std::vector<Word> words;
-  std::vector<uint16_t> readers;         // of each 16 bytes: asynchronous reads in flight
+  std::vector<uint16_t> readers;  // of each 16 bytes: asynchronous reads in flight
   std::vector<uint16_t> reader_sites;
   std::map<uint32_t, std::array<Word, 4>> split;  // by word, its bytes
-  // The last reads by each warp of the cluster: epoch << 32 | lanes. Of each 16 bytes by accesses of at least as many; of
-  // each byte by smaller ones, in pages that exist once something was read there.
+  // The last reads by each warp of the cluster: epoch << 32 | lanes. Of each 16 bytes by accesses of at least as many;
+  // of each byte by smaller ones, in pages that exist once something was read there.
   std::vector<uint64_t> reads;
   std::vector<std::vector<uint64_t>> small_reads;
   std::map<uint32_t, std::unique_ptr<Mbarrier>> mbarriers;
@@ -195,7 +195,7 @@ struct Block {
 
 // ---- counts ----
 
-struct Usage {  // of one buffer in global memory
+struct Usage {                   // of one buffer in global memory
   std::vector<uint8_t> touched;  // a bit each 16 bytes
   std::vector<int32_t> writer;   // of each 16 bytes: block + 1
 };
@@ -238,8 +238,8 @@ class Machine {
   void collective(const char* what, const Where& where, uint64_t in, void* pointer, const uint32_t* fragment,
                   const std::function<void(Warp&, Collective&)>& act);
   uint64_t collective_result() { return current_->warp->collective.out[current_->lane]; }
-  Clock join_lanes(Warp& warp);  // what all of them know, before the release that this is
-  void release(Thread& thread);  // ends its epoch
+  Clock join_lanes(Warp& warp);      // what all of them know, before the release that this is
+  void release(Thread& thread);      // ends its epoch
   Thread* thread_of(int component);  // null for an mbarrier's
 
   // Asynchronous operations.
@@ -283,7 +283,7 @@ class Machine {
   const Settings settings_;
   Counts counts_;
   int components_ = 0;
-  int warps_ = 0;  // of the cluster
+  int warps_ = 0;                               // of the cluster
   std::vector<std::unique_ptr<Block>> blocks_;  // of the cluster that runs
   std::vector<Thread*> cluster_waiting_;
   int cluster_arrived_ = 0;

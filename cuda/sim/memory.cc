@@ -19,7 +19,8 @@ Block& Machine::locate(uint32_t& address, const Where& where) {
   return peer;
 }
 
-uint8_t* Machine::at(Block& block, uint32_t address, int64_t bytes, int alignment, const char* what, const Where& where) {
+uint8_t* Machine::at(Block& block, uint32_t address, int64_t bytes, int alignment, const char* what,
+                     const Where& where) {
   if (address < shared_base || address - shared_base + bytes > int64_t(block.words.size()) * 4)
     fail(where, text("%s of %ld bytes at shared %#x, outside the block's %zu bytes", what, long(bytes), address,
                      block.words.size() * 4));
@@ -291,7 +292,8 @@ void fence_mbarrier_init(Where) { ++machine().self().init_fences; }
 
 // ---- global memory ----
 
-uint8_t* Machine::global(const void* base, int64_t size, int64_t offset, int64_t bytes, bool write, const Where& where) {
+uint8_t* Machine::global(const void* base, int64_t size, int64_t offset, int64_t bytes, bool write,
+                         const Where& where) {
   if (offset < 0 || offset + bytes > size)
     fail(where, text("%s of %ld bytes at byte %ld of a global array of %ld", write ? "write" : "read", long(bytes),
                      long(offset), long(size)));
@@ -314,7 +316,8 @@ void load_global(void* value, const void* base, int64_t size, int64_t offset, in
 void store_global(void* base, int64_t size, int64_t offset, const void* value, int bytes, Where where) {
   Machine& m = machine();
   uint8_t* destination = m.global(base, size, offset, bytes, true, where);
-  if (reinterpret_cast<uintptr_t>(destination) % bytes) fail(where, text("st.global is not aligned to %d bytes", bytes));
+  if (reinterpret_cast<uintptr_t>(destination) % bytes)
+    fail(where, text("st.global is not aligned to %d bytes", bytes));
   m.check_accumulators(value, bytes, "st.global", where);
   memcpy(destination, value, bytes);
   m.self().time += 1;

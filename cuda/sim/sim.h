@@ -1,8 +1,10 @@
-// A functional model of a Hopper multiprocessor: what cuda/arch calls when a kernel is compiled by a plain C++ compiler.
+// A functional model of a Hopper multiprocessor: what cuda/arch calls when a kernel is compiled by a plain C++
+// compiler.
 //
-// Every thread of a block is a fiber. The blocks of a cluster live together, clusters run one after the other, both in an
-// order that a seed chooses. What the hardware does asynchronously happens at a moment that the seed chooses too, between
-// as early and as late as the memory model allows. Whatever the memory model forbids stops the launch with a report.
+// Every thread of a block is a fiber. The blocks of a cluster live together, clusters run one after the other, both in
+// an order that a seed chooses. What the hardware does asynchronously happens at a moment that the seed chooses too,
+// between as early and as late as the memory model allows. Whatever the memory model forbids stops the launch with a
+// report.
 #pragma once
 
 #include <cstddef>

@@ -80,8 +80,9 @@ __attribute__((target_clones("avx2,fma", "default"))) void multiply(const float*
 // x without the bits below 2^unit.
 double cut(double x, int unit) { return std::ldexp(std::trunc(std::ldexp(x, -unit)), unit); }
 
-// The sum as the tensor cores form it, as measured on an H200 (tests/sim/conformance.cu): all products and the accumulator
-// are cut to 13 bits after the largest exponent among them, a product's being the sum of its factors'; so is their sum.
+// The sum as the tensor cores form it, as measured on an H200 (tests/sim/conformance.cu): all products and the
+// accumulator are cut to 13 bits after the largest exponent among them, a product's being the sum of its factors'; so
+// is their sum.
 void multiply_as_hardware(const float* a, const float* b, float* d, int n, int k) {
   constexpr int fraction_bits = 13, least_exponent = -6;  // of e4m3, its subnormals included
   auto exponent = [=](float x) { return std::max(std::ilogb(x), least_exponent); };
@@ -276,48 +277,51 @@ void wgmma_wait_group(int pending, std::initializer_list<float*> accumulators, W
     for (size_t g = 0; g < warp.groups.size() - keep; ++g)
       for (size_t i = 0; i < warp.groups[g].size(); ++i)
         while (!warp.groups[g][i]->done()) m.block_on({.kind = Wait::wgmma, .what = "wgmma.wait_group"}, where);
-  m.collective("wgmma.wait_group", where, 0, const_cast<float**>(accumulators.begin()), nullptr, [&](Warp& warp, Collective& c) {
-    while (warp.groups.size() > keep) {
-      // The reads are over as of now; whoever overwrites the operands must hear of it from here.
-      for (auto& o : warp.groups.front())
-        for (uint32_t piece : o->pieces) m.note_read(*warp.block, piece, 16, *warp.threads[0]);
-      warp.groups.pop_front();
-    }
-    auto named = static_cast<float**>(c.pointers[0]);
-    for (auto it = warp.accumulators.begin(); it != warp.accumulators.end();) {
-      auto& [registers, accumulator] = *it;
-      bool is_named = std::find(named, named + accumulators.size(), registers) != named + accumulators.size();
-      if (accumulator->pending) {
-        if (is_named) fail(where, "wgmma.wait_group names an accumulator that is still in flight");
-        ++it;
-        continue;
-      }
-      m.check_registers(*accumulator, where);
-      bool in_a_group = false;  // complete by chance, but not waited for
-      for (auto& group : warp.groups)
-        for (auto& o : group) in_a_group |= o->accumulator == accumulator.get();
-      for (auto& o : warp.open_group) in_a_group |= o->accumulator == accumulator.get();
-      if (in_a_group) {
-        if (is_named) fail(where, "wgmma.wait_group names an accumulator that is still in flight");
-        ++it;
-        continue;
-      }
-      if (!is_named) fail(where, "wgmma.wait_group does not name an accumulator that it completes");
-      for (int lane = 0; lane < lanes; ++lane)
-        for (int i = 0; i < accumulator->n / 2; ++i)
-          accumulator->registers[lane][i] = accumulator->values[row_of(lane, i) * accumulator->n + column_of(lane, i)];
-      it = warp.accumulators.erase(it);
-    }
-    for (Fragment& fragment : warp.fragments)
-      if (fragment.operation->done())
-        for (int lane = 0; lane < lanes; ++lane)
-          if (memcmp(fragment.registers[lane], fragment.values[lane].data(), 16))
-            fail(where, text("the operand A in registers of lane %d was touched while its wgmma was in flight", lane));
-    std::erase_if(warp.fragments, [](Fragment& f) { return f.operation->done(); });
-    for (Thread* t : warp.threads) t->time = std::max(t->time, warp.operations_end);
-    m.join_lanes(warp);
-    warp.fenced = false;
-  });
+  m.collective(
+      "wgmma.wait_group", where, 0, const_cast<float**>(accumulators.begin()), nullptr, [&](Warp& warp, Collective& c) {
+        while (warp.groups.size() > keep) {
+          // The reads are over as of now; whoever overwrites the operands must hear of it from here.
+          for (auto& o : warp.groups.front())
+            for (uint32_t piece : o->pieces) m.note_read(*warp.block, piece, 16, *warp.threads[0]);
+          warp.groups.pop_front();
+        }
+        auto named = static_cast<float**>(c.pointers[0]);
+        for (auto it = warp.accumulators.begin(); it != warp.accumulators.end();) {
+          auto& [registers, accumulator] = *it;
+          bool is_named = std::find(named, named + accumulators.size(), registers) != named + accumulators.size();
+          if (accumulator->pending) {
+            if (is_named) fail(where, "wgmma.wait_group names an accumulator that is still in flight");
+            ++it;
+            continue;
+          }
+          m.check_registers(*accumulator, where);
+          bool in_a_group = false;  // complete by chance, but not waited for
+          for (auto& group : warp.groups)
+            for (auto& o : group) in_a_group |= o->accumulator == accumulator.get();
+          for (auto& o : warp.open_group) in_a_group |= o->accumulator == accumulator.get();
+          if (in_a_group) {
+            if (is_named) fail(where, "wgmma.wait_group names an accumulator that is still in flight");
+            ++it;
+            continue;
+          }
+          if (!is_named) fail(where, "wgmma.wait_group does not name an accumulator that it completes");
+          for (int lane = 0; lane < lanes; ++lane)
+            for (int i = 0; i < accumulator->n / 2; ++i)
+              accumulator->registers[lane][i] =
+                  accumulator->values[row_of(lane, i) * accumulator->n + column_of(lane, i)];
+          it = warp.accumulators.erase(it);
+        }
+        for (Fragment& fragment : warp.fragments)
+          if (fragment.operation->done())
+            for (int lane = 0; lane < lanes; ++lane)
+              if (memcmp(fragment.registers[lane], fragment.values[lane].data(), 16))
+                fail(where,
+                     text("the operand A in registers of lane %d was touched while its wgmma was in flight", lane));
+        std::erase_if(warp.fragments, [](Fragment& f) { return f.operation->done(); });
+        for (Thread* t : warp.threads) t->time = std::max(t->time, warp.operations_end);
+        m.join_lanes(warp);
+        warp.fenced = false;
+      });
 }
 
 }  // namespace jaxkern::cuda::sim

@@ -896,6 +896,7 @@ void tensor_store(Swizzle swizzle) {
       if (add && element == Element::uint8) continue;
       if (std::min({at[0], at[1], at[2]}) < 0) continue;  // an illegal instruction, for a store alone
       Tensor t(element, rank, swizzle);
+      t.sizes[0] = round_up(t.sizes[0], 16 / t.size);  // a store writes whole pieces of 16 bytes
       auto before = random_elements(element, t.bytes(), 9), tile = random_elements(element, t.box_bytes(), 10);
       Memory memory(before.size());
       memory.put(before);
