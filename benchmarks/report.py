@@ -28,13 +28,13 @@ def table(family: str) -> str:
 
 
 def gpu_table() -> str:
-    """The GEMMs of the committed run on a GPU: ours, the form with scales that a user would write, and the best of all."""
+    """The committed run on a GPU: ours, the form with scales that a user would write, and the best of all others."""
     record = json.loads((RESULTS / "gpu.json").read_text())
     machine = record["machine"]
     lines = [
         f"{machine['device']}, driver {machine['driver']}, JAX {machine['jax']}, torch {machine['torch']}, "
         f"{machine['date']}; copies {machine['copy_bytes_per_s'] / 1e12:.2f} TB/s, bfloat16 product "
-        f"{machine['bf16_flops_per_s'] / 1e12:.0f} TFLOP/s, {machine['smallest_kernel_us']:.1f} us for the smallest kernel.",
+        f"{machine['bf16_flops_per_s'] / 1e12:.0f} TFLOP/s, the smallest kernel {machine['smallest_kernel_us']:.1f} us.",
         "",
         "| op | shape | ours, us | TFLOP/s | GB/s | dequantise first, us | best other, us | which |",
         "|---|---|--:|--:|--:|--:|--:|---|",
