@@ -34,7 +34,7 @@ def gpu_table() -> str:
     lines = [
         f"{machine['device']}, driver {machine['driver']}, JAX {machine['jax']}, torch {machine['torch']}, "
         f"{machine['date']}; copies {machine['copy_bytes_per_s'] / 1e12:.2f} TB/s, bfloat16 product "
-        f"{machine['bf16_flops_per_s'] / 1e12:.0f} TFLOP/s, the smallest kernel {machine['smallest_kernel_us']:.1f} us.",
+        f"{machine['bf16_flops_per_s'] / 1e12:.0f} TFLOP/s, smallest kernel {machine['smallest_kernel_us']:.1f} us.",
         "",
         "| op | shape | ours, us | TFLOP/s | GB/s | dequantise first, us | best other, us | which |",
         "|---|---|--:|--:|--:|--:|--:|---|",
