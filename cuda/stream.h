@@ -1,6 +1,7 @@
 // What a launch function needs of its caller. No CUDA header and no XLA header is needed to include it.
 #pragma once
 
+#include <initializer_list>
 #include <string>
 
 namespace jaxkern::cuda {
@@ -10,5 +11,12 @@ using Stream = void*;
 
 // Why a launch failed; empty if it did not.
 using Error = std::string;
+
+// Of several steps.
+inline Error first_error(std::initializer_list<Error> errors) {
+  for (const Error& error : errors)
+    if (!error.empty()) return error;
+  return {};
+}
 
 }  // namespace jaxkern::cuda

@@ -12,6 +12,8 @@
 //   Error error = launch<Scale>(blocks, cluster, params, stream);  // blocks of the grid and of a cluster
 #pragma once
 
+#include <atomic>
+
 #include "cuda/arch/base.h"
 #include "cuda/stream.h"
 
@@ -35,6 +37,11 @@ constexpr int resident_of() {
 }
 
 #ifdef JAXKERN_SIM
+
+template <typename Load>
+Error once_per_device(Load load) {
+  return load();
+}
 
 template <typename K>
 Error prepare() {
@@ -73,7 +80,20 @@ __global__ void __launch_bounds__(K::threads, resident_of<K>())
 
 inline Error describe(cudaError_t error) { return error == cudaSuccess ? "" : cudaGetErrorString(error); }
 
-// Loads K and lets it have its shared memory. Once for each device, before the first launch there.
+// Runs `load` once for each device, which launches of many threads and executables may ask for at every call.
+template <typename Load>
+Error once_per_device(Load load) {
+  static std::atomic<uint64_t> loaded{0};  // a bit a device
+  int device = 0;
+  if (cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return describe(error);
+  uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if (loaded & bit) return {};
+  Error error = load();
+  if (error.empty()) loaded |= bit;
+  return error;
+}
+
+// Loads K and lets it have its shared memory. Before the first launch on each device.
 template <typename K>
 Error prepare() {
   static_assert(sizeof(typename K::Smem) <= max_shared_bytes);

@@ -52,12 +52,6 @@ Plan choose(const Gemm& g, int multiprocessors) {
 
 // ---- launches ----
 
-Error all_of(std::initializer_list<Error> errors) {
-  for (const Error& error : errors)
-    if (!error.empty()) return error;
-  return {};
-}
-
 // [batch, rows, columns] in boxes of [1, box_rows, swizzle_row bytes].
 Error matrix_map(TensorMap& map, const void* data, Element element, int element_bytes, int64_t batch, int64_t rows,
                  int64_t columns, int box_rows) {
@@ -98,9 +92,9 @@ Error launch_dense(const Gemm& g, Stream stream) {
   while (p.band * 2 <= p.m_tiles && p.band * 2 * tile_m <= blocks / p.band * tile_n) p.band *= 2;
   p.band = round_up(p.band, cluster);
   constexpr Element element = sizeof(Out) == 4 ? Element::float32 : Element::bfloat16;
-  Error error = all_of({matrix_map(p.a, g.a, Element::uint8, 1, g.batch, g.m, g.k, tile_m),
-                        matrix_map(p.b, g.b, Element::uint8, 1, g.b_batch, g.n, g.k, tile_n / cluster),
-                        matrix_map(p.out, g.out, element, sizeof(Out), g.batch, g.m, g.n, 64)});
+  Error error = first_error({matrix_map(p.a, g.a, Element::uint8, 1, g.batch, g.m, g.k, tile_m),
+                             matrix_map(p.b, g.b, Element::uint8, 1, g.b_batch, g.n, g.k, tile_n / cluster),
+                             matrix_map(p.out, g.out, element, sizeof(Out), g.batch, g.m, g.n, 64)});
   if (error.empty() && p.scales_by_copy_engine) error = scales_map(p.a_scales_map, p.a_scales, g.m, tile_m);
   if (error.empty() && p.scales_by_copy_engine && b_rows) error = scales_map(p.b_scales_map, p.b_scales, g.n, tile_n);
   if (!error.empty()) return error;
@@ -121,8 +115,8 @@ Error launch_small(const Gemm& g, Stream stream) {
   while (p.parts < 8 && p.k_blocks >= p.parts * 8 && tiles * p.parts * 2 <= multiprocessors() * (p.parts == 1 ? 2 : 1))
     p.parts *= 2;
   int64_t blocks = p.parts > 1 ? tiles * p.parts : std::min<int64_t>(tiles, multiprocessors() * 2);
-  Error error = all_of({matrix_map(p.a, g.a, Element::uint8, 1, g.batch, g.m, g.k, tile_m),
-                        matrix_map(p.b, g.b, Element::uint8, 1, g.b_batch, g.n, g.k, Kernel::tile_n)});
+  Error error = first_error({matrix_map(p.a, g.a, Element::uint8, 1, g.batch, g.m, g.k, tile_m),
+                             matrix_map(p.b, g.b, Element::uint8, 1, g.b_batch, g.n, g.k, Kernel::tile_n)});
   if (!error.empty()) return error;
   return launch<Kernel>(blocks, p.parts, p, stream);
 }
@@ -153,11 +147,12 @@ Error launch_plan(Plan plan, const Gemm& g, Stream stream) {
 
 template <bool b_rows, typename Out>
 Error prepare_plans() {
-  Error error =
-      all_of({prepare<Small<16, b_rows, Out>>(), prepare<Small<32, b_rows, Out>>(), prepare<Small<64, b_rows, Out>>(),
-              prepare<Dense<128, 64, 1, b_rows, Out>>(), prepare<Dense<128, 128, 1, b_rows, Out>>()});
+  Error error = first_error({prepare<Small<16, b_rows, Out>>(), prepare<Small<32, b_rows, Out>>(),
+                             prepare<Small<64, b_rows, Out>>(), prepare<Dense<128, 64, 1, b_rows, Out>>(),
+                             prepare<Dense<128, 128, 1, b_rows, Out>>()});
   if constexpr (!b_rows && sizeof(Out) == 2)
-    error = all_of({error, prepare<Dense<128, 192, 2, b_rows, Out>>(), prepare<Dense<256, 128, 2, b_rows, Out>>()});
+    error =
+        first_error({error, prepare<Dense<128, 192, 2, b_rows, Out>>(), prepare<Dense<256, 128, 2, b_rows, Out>>()});
   return error;
 }
 
@@ -175,8 +170,10 @@ Error gemm(const Gemm& g, Stream stream) {
 }
 
 Error prepare_gemm() {
-  return all_of({prepare_plans<false, bfloat16>(), prepare_plans<true, bfloat16>(), prepare_plans<false, float>(),
-                 prepare_plans<true, float>()});
+  return once_per_device([] {
+    return first_error({prepare_plans<false, bfloat16>(), prepare_plans<true, bfloat16>(),
+                        prepare_plans<false, float>(), prepare_plans<true, float>()});
+  });
 }
 
 }  // namespace jaxkern::cuda

@@ -53,11 +53,11 @@ Error quantize(const Quantize& q, Stream stream) {
 }
 
 Error prepare_quantize() {
-  for (const Error& error :
-       {prepare<QuantizeRows<float>>(), prepare<QuantizeRows<bfloat16>>(), prepare<QuantizeRows<float16>>(),
-        prepare<QuantizeBlocks<float>>(), prepare<QuantizeBlocks<bfloat16>>(), prepare<QuantizeBlocks<float16>>()})
-    if (!error.empty()) return error;
-  return {};
+  return once_per_device([] {
+    return first_error({prepare<QuantizeRows<float>>(), prepare<QuantizeRows<bfloat16>>(),
+                        prepare<QuantizeRows<float16>>(), prepare<QuantizeBlocks<float>>(),
+                        prepare<QuantizeBlocks<bfloat16>>(), prepare<QuantizeBlocks<float16>>()});
+  });
 }
 
 }  // namespace jaxkern::cuda
