@@ -2,8 +2,7 @@
 //
 //   warp 0 of the last warpgroup   copies tiles of a and b and their scales into a ring of stages, with the copy engine
 //   warp 1 of the last warpgroup   copies the scales where the copy engine cannot
-//   the other warpgroups           multiply; each has its 64 or 128 rows of the tile, keeps their float32 sums, and
-//   stores
+//   the other warpgroups           multiply; each keeps the float32 sums of its 64 or 128 rows of the tile, and stores
 //                                  them while the producers fetch the next tile
 //
 // The two blocks of a cluster take tiles one above the other, which need the same rows of b: each fetches half of them

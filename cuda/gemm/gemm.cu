@@ -16,8 +16,8 @@ using namespace jaxkern::cuda::kernels;
 // The kernels that exist. A plan is one of them.
 enum class Plan { small_16, small_32, small_64, dense_128_64, dense_128_128, dense_128_192, dense_256_128 };
 
-// Few rows: the kernel that reads b once and does nothing else, while all rows fit into one tile. More rows: the tile
-// with the least time, by the model below, of those whose rows are not mostly beyond m.
+// Up to 64 rows: the kernel that reads b once and does little else; up to 128, if b has so few rows that tiles of it
+// alone would leave multiprocessors idle. More: the tile with the least time by this model, the larger one of equals.
 //
 // A wave of tiles, one on each multiprocessor, takes what its products take at the tensor cores' rate (8192 e4m3
 // operations a cycle), or what its operands take from L2 (about 46 bytes a cycle and multiprocessor), whichever is
