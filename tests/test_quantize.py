@@ -98,7 +98,7 @@ def test_dequantize_every_code_with_every_scale(implementation, dtype):
         lambda batch: st.tuples(st.just(batch), st.sampled_from([0, 1, 127, 129]), st.sampled_from([0, 1, 130, 256]))
     ),
     block_shape=st.sampled_from([(1, 128), (128, 128)]),
-    implementation=st.sampled_from(["cpu", "sim"] if HOPPER_IMPLEMENTATION == "sim" else ["cuda"]),
+    implementation=st.sampled_from({"sim": ["cpu", "sim"], "none": ["cpu"]}.get(HOPPER_IMPLEMENTATION, ["cuda"])),
 )
 def test_any_shape(shape, block_shape, implementation):
     batch, m, k = shape
