@@ -8,7 +8,7 @@ import jax
 
 from benchmarks import common, report
 
-FAMILIES = ["gemm", "mla", "moe", "quantize"]
+FAMILIES = ["gemm", "linear", "mla", "model", "moe", "quantize"]
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks")
 parser.add_argument("--quick", action="store_true", help="fewer shapes")

@@ -44,6 +44,7 @@ class Row:
     flops: int
     copy_fraction: float
     matrix_fraction: float
+    bar: float | None = None  # the ratio that the row must reach
 
 
 def compare(
@@ -56,11 +57,13 @@ def compare(
     flops: float,
     bytes: float,
     xla_args: tuple | None = None,
+    bar: float | None = None,
     seconds: float = 0.6,
 ) -> Row:
     """Times `ours(*args)` against `xla(*xla_args or *args)`, both jitted.
 
     xla: one function, or several by label: the fastest counts.
+    bar: the ratio that the row must reach, if one is set.
     seconds: about how long to measure each function.
     """
     forms = dict(xla) if isinstance(xla, Mapping) else {"xla": xla}
@@ -79,6 +82,7 @@ def compare(
         flops=int(flops),
         copy_fraction=bytes / (ours_ms * 1e-3) / machine()["copy_bytes_per_s"],
         matrix_fraction=flops / (ours_ms * 1e-3) / machine()["matrix_flops_per_s"],
+        bar=bar,
     )
 
 
@@ -145,15 +149,20 @@ def run(family: str, rows: Callable[[bool], Iterable[Row]], quick: bool, path: p
         f"{family}: {speed['cpus']} CPUs, copy {speed['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"float32 product {speed['matrix_flops_per_s'] / 1e9:.0f} GFLOP/s"
     )
-    print(f"{'op':28} {'shape':26} {'ours ms':>9} {'xla ms':>9} {'ratio':>6} {'copy':>5} {'matrix':>6}  xla form")
+    columns = f"{'op':28} {'shape':26} {'ours ms':>9} {'xla ms':>9} {'ratio':>6} {'copy':>5} {'matrix':>6}"
+    print(f"{columns}  {'bar':11} xla form")
     done = []
     for row in rows(quick):
         done.append(row)
+        bar = "" if row.bar is None else f"{row.bar:4.1f} {'met' if row.ratio >= row.bar else 'missed'}"
         print(
             f"{row.name:28} {row.shape:26} {row.ours_ms:9.3f} {row.xla_ms:9.3f} {row.ratio:6.2f} "
-            f"{row.copy_fraction:5.2f} {row.matrix_fraction:6.2f}  {row.xla_form}",
+            f"{row.copy_fraction:5.2f} {row.matrix_fraction:6.2f}  {bar:11} {row.xla_form}",
             flush=True,
         )
+    bars = [row for row in done if row.bar is not None]
+    if bars:
+        print(f"{family}: {sum(row.ratio >= row.bar for row in bars)} of {len(bars)} bars met")
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         record = {"family": family, "machine": speed, "rows": [dataclasses.asdict(row) for row in done]}

@@ -61,6 +61,7 @@ class Case:
     flops: int
     tensors: Callable[[int], dict]  # random, by seed
     forms: dict[str, Form]  # "ours" first
+    plain: str  # the form whose result ours must be
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Row:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
     parser.add_argument("--plan", action="store_true", help="print what would run, and run nothing")
-    parser.add_argument("--family", choices=["gemm", "quantize"], help="time this one alone")
+    parser.add_argument("--family", choices=["gemm", "grouped", "quantize"], help="time this one alone")
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
     parser.add_argument("--no-tests", action="store_true", help="timings alone")
     parser.add_argument("--json", type=pathlib.Path, help="write the results to this file")
@@ -142,11 +143,18 @@ def why_no_hopper() -> str:
 
 def cases(family: str | None, quick: bool) -> list[Case]:
     found = []
-    if family != "quantize":
+    if family in (None, "gemm"):
         weights = [(2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048)]
         for n, k in weights[5:6] if quick else weights:
             found += [gemm_case(m, n, k) for m in ((64, 4096) if quick else (1, 16, 64, 128, 4096))]
-    if family != "gemm":
+    if family in (None, "grouped"):
+        weights = [(4096, 7168)] if quick else [(4096, 7168), (7168, 2048)]
+        for n, k in weights:
+            found += [grouped_case(g, m, n, k) for g, m in ((4, 8192), (8, 4096), (32, 128), (32, 16), (8, 64))]
+            found += [grouped_bf16_case(g, m, n, k) for g, m in ((8, 4096), (32, 128), (32, 16))]
+            found += [masked_case(g, m, 4096, n, k) for g, m in ((6, 1024), (32, 192), (6, 20), (32, 20))]
+            found += [k_grouped_case(g, m, n, k) for g, m in ((4, 8192), (8, 4096))]
+    if family in (None, "quantize"):
         found += [quantize_case(4096, 7168, block_shape) for block_shape in ((1, 128), (128, 128))]
     return found
 
@@ -154,10 +162,7 @@ def cases(family: str | None, quick: bool) -> list[Case]:
 def gemm_case(m: int, n: int, k: int) -> Case:
     def tensors(seed):
         key_a, key_b = jax.random.split(jax.random.key(seed))
-        a, b = jax.random.normal(key_a, (m, k), BF16), jax.random.normal(key_b, (n, k), BF16)
-        # By the reference: what is measured must not depend on another of our kernels.
-        a8 = jaxkern.quantize(a, implementation="xla")
-        return {"a": a, "b": b, "a8": a8, "b8": jaxkern.quantize(b, (128, 128), implementation="xla")}
+        return scaled_pair(jax.random.normal(key_a, (m, k), BF16), jax.random.normal(key_b, (n, k), BF16))
 
     def scaled(t):
         return t["a8"], t["b8"]
@@ -174,14 +179,142 @@ def gemm_case(m: int, n: int, k: int) -> Case:
         tensors,
         {
             "ours": Form(ours, scaled),
-            "dequantise, bf16 dot": Form(dequantised_dot, scaled, fp8=False),
+            "dequantise, bf16 dot": Form(dequantised(product), scaled, fp8=False),
             "jax.nn.scaled_matmul": Form(scaled_matmul, scaled),
             "XLA fp8 dot, no scales": Form(product, values),
             "XLA bf16 dot": Form(product, lambda t: (t["a"], t["b"]), fp8=False),
             "torch fp8, one scale": Form(torch_per_tensor, values, torch=True),
             "torch fp8, block scales": Form(torch_blocks, scaled, torch=True),
         },
+        "dequantise, bf16 dot",
     )
+
+
+# Groups of one size, so that a batched product is an alternative.
+
+
+def grouped_case(groups: int, rows: int, n: int, k: int) -> Case:
+    m = groups * rows
+
+    def tensors(seed):
+        key_a, key_b = jax.random.split(jax.random.key(seed))
+        t = scaled_pair(jax.random.normal(key_a, (m, k), BF16), jax.random.normal(key_b, (groups, n, k), BF16))
+        return t | {"b_kn": t["b"].swapaxes(1, 2), "sizes": jnp.full(groups, rows, jnp.int32)}
+
+    def batched(a, b):
+        return jnp.einsum("gmk,gnk->gmn", a.reshape(groups, rows, k), b).reshape(m, n)
+
+    return Case(
+        "grouped",
+        "grouped_gemm fp8",
+        f"{groups}x{rows}x{n}x{k}",
+        2 * m * n * k,
+        tensors,
+        {
+            "ours": Form(functools.partial(jaxkern.grouped_gemm, implementation="cuda"), scaled_groups),
+            "dequantise, bf16 batched": Form(dequantised(batched), lambda t: (t["a8"], t["b8"]), fp8=False),
+            "XLA bf16 batched": Form(batched, lambda t: (t["a"], t["b"]), fp8=False),
+            "ragged_dot bf16": Form(jax.lax.ragged_dot, lambda t: (t["a"], t["b_kn"], t["sizes"]), fp8=False),
+        },
+        "dequantise, bf16 batched",
+    )
+
+
+def grouped_bf16_case(groups: int, rows: int, n: int, k: int) -> Case:
+    m = groups * rows
+
+    def tensors(seed):
+        key_a, key_b = jax.random.split(jax.random.key(seed))
+        b = jax.random.normal(key_b, (groups, n, k), BF16)
+        sizes = jnp.full(groups, rows, jnp.int32)
+        return {"a": jax.random.normal(key_a, (m, k), BF16), "b": b, "b_kn": b.swapaxes(1, 2), "sizes": sizes}
+
+    def batched(a, b, _):
+        return jnp.einsum("gmk,gnk->gmn", a.reshape(groups, rows, k), b).reshape(m, n)
+
+    def plain(t):
+        return t["a"], t["b"], t["sizes"]
+
+    return Case(
+        "grouped",
+        "grouped_gemm bf16",
+        f"{groups}x{rows}x{n}x{k}",
+        2 * m * n * k,
+        tensors,
+        {
+            "ours": Form(functools.partial(jaxkern.grouped_gemm, implementation="cuda"), plain, fp8=False),
+            "XLA bf16 batched": Form(batched, plain, fp8=False),
+            "ragged_dot bf16": Form(jax.lax.ragged_dot, lambda t: (t["a"], t["b_kn"], t["sizes"]), fp8=False),
+        },
+        "XLA bf16 batched",
+    )
+
+
+def masked_case(groups: int, rows: int, capacity: int, n: int, k: int) -> Case:
+    def tensors(seed):
+        key_a, key_b = jax.random.split(jax.random.key(seed))
+        a = jax.random.normal(key_a, (groups, capacity, k), BF16)
+        filled = jnp.arange(capacity)[None, :, None] < rows
+        t = scaled_pair(jnp.where(filled, a, 0), jax.random.normal(key_b, (groups, n, k), BF16))
+        return t | {"sizes": jnp.full(groups, rows, jnp.int32)}
+
+    def batched(a, b):
+        return jnp.einsum("gmk,gnk->gmn", a, b)
+
+    return Case(
+        "grouped",
+        "masked fp8",
+        f"{groups}x{rows}/{capacity}x{n}x{k}",
+        2 * groups * rows * n * k,
+        tensors,
+        {
+            "ours": Form(functools.partial(jaxkern.masked_grouped_gemm, implementation="cuda"), scaled_groups),
+            "dequantise, bf16 batched": Form(dequantised(batched), lambda t: (t["a8"], t["b8"]), fp8=False),
+        },
+        "dequantise, bf16 batched",
+    )
+
+
+def k_grouped_case(groups: int, rows: int, m: int, n: int) -> Case:
+    t = groups * rows
+
+    def tensors(seed):
+        key_a, key_b = jax.random.split(jax.random.key(seed))
+        a, b = jax.random.normal(key_a, (m, t), BF16), jax.random.normal(key_b, (n, t), BF16)
+        return scaled_pair(a, b, (1, 128)) | {"sizes": jnp.full(groups, rows, jnp.int32)}
+
+    def batched(a, b):
+        a, b = a.reshape(m, groups, rows), b.reshape(n, groups, rows)
+        return jnp.einsum("mgt,ngt->gmn", a, b, preferred_element_type=jnp.float32)
+
+    ours = functools.partial(jaxkern.k_grouped_gemm, group_alignment=128, implementation="cuda")
+    return Case(
+        "grouped",
+        "k_grouped_gemm fp8",
+        f"{groups}x{rows}x{m}x{n}",
+        2 * t * m * n,
+        tensors,
+        {
+            "ours": Form(ours, scaled_groups),
+            "dequantise, bf16 batched": Form(dequantised(batched), lambda t: (t["a8"], t["b8"]), fp8=False),
+            "XLA bf16 batched": Form(batched, lambda t: (t["a"], t["b"]), fp8=False),
+        },
+        "dequantise, bf16 batched",
+    )
+
+
+def scaled_pair(a, b, b_block=(128, 128)) -> dict:
+    """Plain and scaled, by the reference: what is measured must not depend on another of our kernels."""
+    a8, b8 = (jaxkern.quantize(x, block, implementation="xla") for x, block in ((a, (1, 128)), (b, b_block)))
+    return {"a": a, "b": b, "a8": a8, "b8": b8}
+
+
+def scaled_groups(t: dict) -> tuple:
+    return t["a8"], t["b8"], t["sizes"]
+
+
+def dequantised(run: Callable) -> Callable:
+    return lambda *scaled: run(*(jaxkern.dequantize(x, BF16, implementation="xla") for x in scaled))
 
 
 def quantize_case(m: int, k: int, block_shape: tuple[int, int]) -> Case:
@@ -196,16 +329,13 @@ def quantize_case(m: int, k: int, block_shape: tuple[int, int]) -> Case:
         3 * m * k,
         lambda seed: {"x": jax.random.normal(jax.random.key(seed), (m, k), BF16)},
         {"ours": form("cuda"), "XLA": form("xla")},
+        "XLA",
     )
 
 
 def product(a, b):
     contract_k = (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(a, b, contract_k, preferred_element_type=BF16)
-
-
-def dequantised_dot(a, b):
-    return product(*(jaxkern.dequantize(x, BF16, implementation="xla") for x in (a, b)))
 
 
 def scaled_matmul(a, b):
@@ -379,7 +509,7 @@ def moved_out(case: Case) -> int:
 
 def compare(case: Case, results: dict) -> float | None:
     """The difference of ours from the plainest form."""
-    other = results.get("dequantise, bf16 dot" if case.family == "gemm" else "XLA")
+    other = results.get(case.plain)
     if other is None:
         return None
     pair = (results["ours"], other)
@@ -512,7 +642,7 @@ def print_plan(plan: list[Case], tests: bool):
         print(f"value tests: {' '.join(TESTS)}, on the GPU")
         print(f"conformance: {CONFORMANCE}, compiled by nvcc, on the GPU")
     for case in plan:
-        print(f"{case.name:16} {case.shape:17} {' | '.join(case.forms)}")
+        print(f"{case.name:18} {case.shape:22} {' | '.join(case.forms)}")
     calls = sum(len(case.forms) for case in plan)
     print(f"{len(plan)} cases, {calls} rows: each the median of {SAMPLES}, {FLUSH_BYTES >> 20} MiB written before each")
 
@@ -520,9 +650,9 @@ def print_plan(plan: list[Case], tests: bool):
 def print_rows(rows: list[Row] = (), heading: bool = False):
     if heading:
         numbers = f"{'us':>9} {'TFLOP/s':>8} {'GB/s':>6} {'copy':>5} {'matrix':>6} {'gain':>5}"
-        print(f"{'op':16} {'shape':17} {'form':24} {numbers}")
+        print(f"{'op':18} {'shape':22} {'form':24} {numbers}")
     for row in rows:
-        start = f"{row.name:16} {row.shape:17} {row.form:24}"
+        start = f"{row.name:18} {row.shape:22} {row.form:24}"
         if row.skipped:
             print(f"{start} skipped: {row.skipped}")
             continue

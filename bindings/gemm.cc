@@ -10,32 +10,47 @@ namespace {
 using enum ffi::DataType;
 using Block = ffi::Span<const int64_t>;
 
-// A stack of matrices [batch, stored rows, stored columns] with the scales of each; block is (0, 0) without scales.
+// A matrix [stored rows, stored columns], or a stack of them if rank is 3, with its scales; block is (0, 0) without.
 cpu::Operand operand(Check& check, const char* name, const Buffer& x, const Buffer& scales, Block block,
-                     bool transposed) {
-  check.rank(name, x, 3);
+                     bool transposed, size_t rank = 3) {
+  check.rank(name, x, rank);
   check.that(
       block.size() == 2 && (block[0] == 0 || block[0] == 1 || block[0] == 128) && block[1] == (block[0] ? 128 : 0),
       "a block shape must be (0, 0), (1, 128) or (128, 128)");
   if (check.failed()) return {};
-  int64_t batch = x.dimensions()[0], rows = x.dimensions()[1], columns = x.dimensions()[2];
+  int64_t rows = x.dimensions()[rank - 2], columns = x.dimensions()[rank - 1];
   cpu::Operand o = {};
   o.data = x.untyped_data();
   o.transposed = transposed;
   o.stride = columns;
   if (block[0]) {
+    int64_t scale_rows = blocks_of(rows, block[0]), scale_columns = blocks_of(columns, block[1]);
     check.dtype(name, x, {F8E4M3FN});
     check.dtype("scales", scales, {F32, F8E8M0FNU});
-    check.shape("scales", scales, {batch, blocks_of(rows, block[0]), blocks_of(columns, block[1])});
+    if (rank == 3)
+      check.shape("scales", scales, {x.dimensions()[0], scale_rows, scale_columns});
+    else
+      check.shape("scales", scales, {scale_rows, scale_columns});
     o.scales = scales.untyped_data();
     o.scale_type = dtype_of(scales.element_type());
     o.block_rows = block[0];
-    o.scale_stride = blocks_of(columns, block[1]);
+    o.scale_stride = scale_columns;
   } else {
     check.dtype(name, x, {F32, BF16});
   }
   o.type = dtype_of(x.element_type());
   return o;
+}
+
+cpu::Groups groups_of(Check& check, const Buffer& group_sizes, int64_t groups, int64_t rows, int64_t alignment,
+                      int64_t stride) {
+  check.shape("group_sizes", group_sizes, {groups});
+  check.dtype("group_sizes", group_sizes, {S32});
+  check.that(is_size(alignment), "group_alignment must be a positive int32");
+  check.that(stride == 0 || (is_size(stride) && rows == groups * stride),
+             "group_stride must be 0 or the rows / groups");
+  if (check.failed()) return {};
+  return {group_sizes.typed_data<int32_t>(), groups, alignment, stride};
 }
 
 // Rows of a may start anywhere, so their scales must be their own, and along k. Nobody scales a and not b.
@@ -88,7 +103,7 @@ ffi::Error gemm(ffi::ThreadPool pool, Buffer a, Buffer a_scales, Buffer b, Buffe
 
 ffi::Error grouped_gemm(ffi::ThreadPool pool, Buffer a, Buffer a_scales, Buffer b, Buffer b_scales, Buffer group_sizes,
                         Result out, Block a_block, Block b_block, int64_t transpose_b, int64_t group_alignment,
-                        std::string_view) {
+                        int64_t group_stride, std::string_view) {
   Check check("grouped_gemm");
   cpu::Operand a_operand = operand(check, "a", a, a_scales, a_block, false);
   cpu::Operand b_operand = operand(check, "b", b, b_scales, b_block, transpose_b);
@@ -98,9 +113,7 @@ ffi::Error grouped_gemm(ffi::ThreadPool pool, Buffer a, Buffer a_scales, Buffer 
   check_scales(check, a_operand, b_operand);
   check.that(a_dims[0] == 1, "a must have one matrix");
   check.that(b_dims[transpose_b ? 1 : 2] == k, "a and b must have the same k");
-  check.that(is_size(group_alignment), "group_alignment must be a positive int32");
-  check.shape("group_sizes", group_sizes, {groups});
-  check.dtype("group_sizes", group_sizes, {S32});
+  cpu::Groups rows_of = groups_of(check, group_sizes, groups, m, group_alignment, group_stride);
   check.shape("out", *out, {m, n});
   check.dtype("out", *out, {F32, BF16});
   if (check.failed()) return check.error();
@@ -109,9 +122,7 @@ ffi::Error grouped_gemm(ffi::ThreadPool pool, Buffer a, Buffer a_scales, Buffer 
                      .b = b_operand,
                      .b_group_stride = n * k,
                      .b_scale_group_stride = b_operand.scales ? scales_in(b_scales) : 0,
-                     .group_sizes = group_sizes.typed_data<int32_t>(),
-                     .groups = groups,
-                     .alignment = group_alignment,
+                     .groups = rows_of,
                      .out = out->untyped_data(),
                      .out_type = dtype_of(out->element_type()),
                      .m = m,
@@ -121,19 +132,23 @@ ffi::Error grouped_gemm(ffi::ThreadPool pool, Buffer a, Buffer a_scales, Buffer 
   return ffi::Error::Success();
 }
 
-ffi::Error k_grouped_gemm(ffi::ThreadPool pool, Buffer a, Buffer b, Buffer group_sizes, Buffer accumulator, Result out,
-                          int64_t group_alignment, int64_t accumulate) {
+ffi::Error k_grouped_gemm(ffi::ThreadPool pool, Buffer a, Buffer a_scales, Buffer b, Buffer b_scales,
+                          Buffer group_sizes, Buffer accumulator, Result out, Block a_block, Block b_block,
+                          int64_t group_alignment, int64_t group_stride, int64_t accumulate) {
   Check check("k_grouped_gemm");
-  check.rank("a", a, 2);
-  check.rank("b", b, 2);
+  bool is_scaled = a_block.size() > 0 && a_block[0] != 0;
+  cpu::Operand a_operand = operand(check, "a", a, a_scales, a_block, !is_scaled, 2);
+  cpu::Operand b_operand = operand(check, "b", b, b_scales, b_block, !is_scaled, 2);
   check.rank("group_sizes", group_sizes, 1);
   if (check.failed()) return check.error();
-  int64_t t = a.dimensions()[0], m = a.dimensions()[1], n = b.dimensions()[1], groups = group_sizes.dimensions()[0];
-  check.dtype("a", a, {F32, BF16});
-  check.dtype("b", b, {F32, BF16});
-  check.dtype("group_sizes", group_sizes, {S32});
-  check.that(b.dimensions()[0] == t, "a and b must have the same t");
-  check.that(is_size(group_alignment), "group_alignment must be a positive int32");
+  int t_axis = is_scaled ? 1 : 0;
+  int64_t t = a.dimensions()[t_axis], m = a.dimensions()[1 - t_axis], n = b.dimensions()[1 - t_axis];
+  int64_t groups = group_sizes.dimensions()[0];
+  check.that(b.dimensions()[t_axis] == t, "a and b must have the same t");
+  check.that(a_block[0] == b_block[0] && a_block[0] <= 1, "a and b must both have blocks (1, 128), along t, or none");
+  check.that(!is_scaled || (group_alignment % 128 == 0 && group_stride % 128 == 0),
+             "groups with scales must start at multiples of 128");
+  cpu::Groups groups_of_t = groups_of(check, group_sizes, groups, t, group_alignment, group_stride);
   check.shape("out", *out, {groups, m, n});
   check.dtype("out", *out, {F32});
   if (accumulate) {
@@ -142,19 +157,9 @@ ffi::Error k_grouped_gemm(ffi::ThreadPool pool, Buffer a, Buffer b, Buffer group
   }
   if (check.failed()) return check.error();
 
-  auto columns = [](const Buffer& x) {
-    cpu::Operand o = {};
-    o.data = x.untyped_data();
-    o.type = dtype_of(x.element_type());
-    o.transposed = true;
-    o.stride = x.dimensions()[1];
-    return o;
-  };
-  cpu::k_grouped_gemm({.a = columns(a),
-                       .b = columns(b),
-                       .group_sizes = group_sizes.typed_data<int32_t>(),
-                       .groups = groups,
-                       .alignment = group_alignment,
+  cpu::k_grouped_gemm({.a = a_operand,
+                       .b = b_operand,
+                       .groups = groups_of_t,
                        .accumulator = accumulate ? accumulator.typed_data<float>() : nullptr,
                        .out = out->typed_data<float>(),
                        .t = t,
@@ -181,10 +186,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_gemm_v1, grouped_gemm,
                                   .Attr<Block>("b_block")
                                   .Attr<int64_t>("transpose_b")
                                   .Attr<int64_t>("group_alignment")
+                                  .Attr<int64_t>("group_stride")
                                   .Attr<std::string_view>("out_dtype"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    k_grouped_gemm_v1, k_grouped_gemm,
-    signature(Operands<4>{}, Results<1>{}).Attr<int64_t>("group_alignment").Attr<int64_t>("accumulate"));
+XLA_FFI_DEFINE_HANDLER_SYMBOL(k_grouped_gemm_v1, k_grouped_gemm,
+                              signature(Operands<6>{}, Results<1>{})
+                                  .Attr<Block>("a_block")
+                                  .Attr<Block>("b_block")
+                                  .Attr<int64_t>("group_alignment")
+                                  .Attr<int64_t>("group_stride")
+                                  .Attr<int64_t>("accumulate"));
 
 }  // namespace jaxkern

@@ -8,17 +8,19 @@
 namespace nb = nanobind;
 
 // Every handler, as <name>_v<version>; its target is "jaxkern.<name>.v<version>".
-#define JAXKERN_HANDLERS(HANDLER) \
-  HANDLER(quantize, 1)            \
-  HANDLER(dequantize, 1)          \
-  HANDLER(route, 1)               \
-  HANDLER(assign_slots, 1)        \
-  HANDLER(gather_rows, 1)         \
-  HANDLER(sum_rows, 1)            \
-  HANDLER(dot_rows, 1)            \
-  HANDLER(gemm, 1)                \
-  HANDLER(grouped_gemm, 1)        \
-  HANDLER(k_grouped_gemm, 1)      \
+#define JAXKERN_HANDLERS(HANDLER)   \
+  HANDLER(quantize, 1)              \
+  HANDLER(quantize_along_tokens, 1) \
+  HANDLER(swiglu_quantize, 1)       \
+  HANDLER(dequantize, 1)            \
+  HANDLER(route, 1)                 \
+  HANDLER(assign_slots, 1)          \
+  HANDLER(gather_rows, 1)           \
+  HANDLER(sum_rows, 1)              \
+  HANDLER(dot_rows, 1)              \
+  HANDLER(gemm, 1)                  \
+  HANDLER(grouped_gemm, 1)          \
+  HANDLER(k_grouped_gemm, 1)        \
   HANDLER(mla_decode, 1)
 
 #define JAXKERN_DECLARE(name, version) extern "C" XLA_FFI_Error* name##_v##version(XLA_FFI_CallFrame*);

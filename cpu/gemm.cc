@@ -2,23 +2,27 @@
 
 #include <cstddef>
 
-#include "cpu/gemm_amx.h"
 #include "cpu/gemm_pack.h"
+#include "cpu/gemm_pairs.h"
 #include "cpu/simd.h"
 
 // How a product runs. Every op is a list of products out = a b^T, cut into segments of at most kMaxRows rows of a. A
 // chunk of segments runs in two phases: first all of its a is packed as float32, then tasks of some rows of b each
 // make their columns of the result.
 //
-// A segment of few rows (kDotRows) is memory bound: b is read once, in order, and each register of it is multiplied
-// with all rows of a (`dot`). Any other segment runs with the operands swapped, as out^T = b a^T: the rows of a lie
-// along the lanes, so that a is what must be transposed, once, while b, of which there is more, is only converted, and
-// each element of it is broadcast (`outer`).
+// A segment of few rows (kDotRows) is bound by memory or by the conversion of b: b is read once, a span of k at a time
+// of kDotColumns rows, and converted in registers, each of which is multiplied with kDotBlock rows of a (`dot`). FP8
+// comes out of the conversion in another order than it went in, in which a is packed. Any other segment runs with the
+// operands swapped, as out^T = b a^T: the rows of a lie along the lanes, so that a is what must be transposed, once,
+// while b, of which there is more, is only converted, and each element of it is broadcast (`outer`).
 //
-// On Level::amx, products of bfloat16 and FP8 run on the matrix unit (`amx`), swapped in the same way.
+// On Level::bf16 and Level::amx, products of bfloat16 and FP8 of more than a few rows run on pairs of bfloat16
+// (`pairs`), swapped in the same way.
 //
-// The order in which k is summed depends on k and on the number of rows alone, so results do not depend on the number
-// of threads.
+// A dot product sums, in each lane of some registers, every so many-th product of 128 of k, adds these registers up,
+// scales them, adds that to those of the blocks before, and at last adds the lanes up in pairs. The outer form sums
+// each element of the result over 256 of k in order, from what the blocks before came to. The order depends on k and on
+// the number of rows alone, so results do not depend on the number of threads.
 
 namespace jaxkern::cpu::JAXKERN_LEVEL {
 namespace {
@@ -29,26 +33,37 @@ constexpr int kMaxSegments = 128;              // in a chunk
 constexpr int64_t kInlineWork = 1 << 16;       // multiply-adds that are not worth waking a thread
 constexpr int64_t kInlinePacking = 1 << 14;    // the same for elements to pack
 constexpr int64_t kPackK = 4 * kBlockK;        // of k in a packing task
+constexpr int64_t kDotColumns = 16;            // rows of b at a time: a is read once for all
+constexpr int64_t kDotSpanBytes = 16384;       // of a's rows, at least one scale block: they stay in the first cache
 
 #if defined(JAXKERN_LEVEL_avx512)
-constexpr int kAccumulators = 28;  // registers of sums in the outer loop, of 32
-constexpr int64_t kDotRows = 8;
-constexpr int kDotAccumulators = 24;
+constexpr int kAccumulators = 28;   // registers of sums in the outer loop, of 32
+constexpr int64_t kDotRows = 16;    // the most rows of a that are dot products
+constexpr int kDotBlock = 16;       // rows of a that a dot product takes together
 constexpr int64_t kTaskRows = 112;  // the most rows of b in a task: a multiple of kLanes and of kWideRows
 constexpr int64_t kTailRows = 28;   // of b in the last tasks
 #else
 constexpr int kAccumulators = 12;  // of 16
-constexpr int64_t kDotRows = 4;
-constexpr int kDotAccumulators = 12;
+constexpr int64_t kDotRows = 32;
+constexpr int kDotBlock = 8;
 constexpr int64_t kTaskRows = 96;
 constexpr int64_t kTailRows = 24;
 #endif
 constexpr int kWideRows = kAccumulators / kPanelVectors;               // of b against a full panel of a
 constexpr int kNarrowRows = kAccumulators >= 24 ? 24 : kAccumulators;  // of b against a panel of one register
 
+// Whether a dot multiplies pairs of bfloat16.
+bool is_paired([[maybe_unused]] const Segment& s) {
+#ifdef JAXKERN_LEVEL_avx512
+  return simd_level() >= Level::bf16 && is_paired(s.a) && is_paired(s.b);
+#else
+  return false;
+#endif
+}
+
 Form form_of(const Segment& s) {
 #ifdef JAXKERN_LEVEL_avx512
-  if (simd_level() == Level::amx && s.m >= kAmxMinRows && can_amx(s.a) && can_amx(s.b)) return Form::amx;
+  if (is_paired(s) && s.m >= (simd_level() == Level::amx ? kAmxMinRows : kPairsMinRows)) return Form::pairs;
 #endif
   return s.m <= kDotRows && !s.b.transposed ? Form::dot : Form::outer;
 }
@@ -64,9 +79,9 @@ void plan_tasks(Segment& s, int64_t threads) {
   s.tail_rows = wide ? kTailRows : 24;
 #ifdef JAXKERN_LEVEL_avx512
   // Longer tasks can fetch ahead.
-  if (s.form == Form::amx) {
-    s.task_rows = kAmxBlockRows * max(1, min(4, s.n / (kAmxBlockRows * 8 * threads)));
-    s.tail_rows = kAmxBlockRows;
+  if (s.form == Form::pairs) {
+    s.task_rows = kPairsBlockRows * max(1, min(4, s.n / (kPairsBlockRows * 8 * threads)));
+    s.tail_rows = kPairsBlockRows;
   }
 #endif
   s.full_tasks = max(0, s.n - threads * s.task_rows) / s.task_rows;
@@ -78,18 +93,17 @@ void plan_tasks(Segment& s, int64_t threads) {
 
 int64_t tasks_of(const Segment& s) { return s.full_tasks + ceil_div(s.n - s.full_tasks * s.task_rows, s.tail_rows); }
 
-// A dot product reads float32 rows of a where they are.
-bool is_in_place(const Segment& s) { return s.form == Form::dot && s.a.type == DType::f32 && !s.a.transposed; }
 int64_t panels_of(const Segment& s) {
-  return s.form == Form::amx ? ceil_div(s.m, kLanes) : s.form == Form::outer ? ceil_div(s.m, kPanel) : 1;
+  return s.form == Form::pairs ? ceil_div(s.m, kLanes) : s.form == Form::outer ? ceil_div(s.m, kPanel) : 1;
 }
-int64_t packings_of(const Segment& s) { return is_in_place(s) ? 0 : panels_of(s) * ceil_div(s.k, kPackK); }
+int64_t packings_of(const Segment& s) { return panels_of(s) * ceil_div(s.k, kPackK); }
+// Of a dot's a, whose scales lie behind its values.
+int64_t dot_values_floats(const Segment& s) { return s.m * ceil_div(s.k, kScaleBlock) * kScaleBlock; }
 int64_t packed_floats(const Segment& s) {
-  if (is_in_place(s)) return 0;
 #ifdef JAXKERN_LEVEL_avx512
-  if (s.form == Form::amx) return panels_of(s) * amx_panel_floats(s);
+  if (s.form == Form::pairs) return panels_of(s) * pairs_panel_floats(s);
 #endif
-  return (s.form == Form::dot ? s.m : padded_rows(s)) * s.packed_stride;
+  return s.form == Form::dot ? dot_values_floats(s) + s.m * ceil_div(s.k, kScaleBlock) : padded_rows(s) * s.k;
 }
 
 // ---- many rows: out^T = b a^T ----
@@ -119,16 +133,21 @@ void multiply_block(const float* p, const float* q, int64_t kc, bool first, floa
     for (int v = 0; v < kVectors; ++v) store(c + (r * kVectors + v) * kLanes, sums[r][v]);
 }
 
-// The same for any number of rows.
+// The same for any number of rows. Fetches the panel `next` on the way: a does not fit the second cache, and the
+// hardware fetches too little of it ahead.
 template <int kRows, int kVectors>
-void multiply(const float* p, const float* q, int64_t kc, bool first, float* c, int64_t rows) {
+void multiply(const float* p, const float* q, int64_t kc, bool first, float* c, int64_t rows, const float* next) {
+  constexpr int64_t kLine = 64 / sizeof(float);
+  int64_t lines = ceil_div(kc * kVectors * kLanes, max(1, rows / kRows) * kLine);
   for (; rows >= kRows; rows -= kRows) {
+    for (int64_t line = 0; line < lines; ++line) __builtin_prefetch(next + line * kLine);
+    next += lines * kLine;
     multiply_block<kRows, kVectors>(p, q, kc, first, c);
     p += kRows * kRowStride;
     c += kRows * kVectors * kLanes;
   }
   if constexpr (kRows > 1) {
-    if (rows > 0) multiply<kRows / 2, kVectors>(p, q, kc, first, c, rows);
+    if (rows > 0) multiply<kRows / 2, kVectors>(p, q, kc, first, c, rows, next);
   }
 }
 
@@ -182,11 +201,12 @@ void outer(const Segment& s, int64_t begin, int64_t rows, const float* packed) {
     for (int64_t panel = 0; panel < panels_of(s); ++panel) {
       int64_t width = panel_width(s, panel);
       const float* q = packed + panel * kPanel * s.k + k0 * width;
+      const float* next = panel + 1 < panels_of(s) ? q + kPanel * s.k : packed + (k0 + kBlockK) * kPanel;
       float* to = c + panel * kPanel * kTaskRows;
       if (width == kPanel)
-        multiply<kWideRows, kPanelVectors>(p, q, kc, k0 == 0, to, rows);
+        multiply<kWideRows, kPanelVectors>(p, q, kc, k0 == 0, to, rows, next);
       else
-        multiply<kNarrowRows, 1>(p, q, kc, k0 == 0, to, rows);
+        multiply<kNarrowRows, 1>(p, q, kc, k0 == 0, to, rows, next);
     }
     k0 += kBlockK;
   } while (k0 < s.k);
@@ -194,90 +214,115 @@ void outer(const Segment& s, int64_t begin, int64_t rows, const float* packed) {
 }
 
 #ifdef JAXKERN_LEVEL_avx512
-template <typename B>
-void amx(const Segment& s, int64_t begin, int64_t rows, float* packed) {
-  size_t block = padded_rows(s) * kAmxRows;
-  size_t bytes = kAmxBlockRows / kAmxRows * block * sizeof(float);
+template <typename B, bool kAmx>
+void pairs(const Segment& s, int64_t begin, int64_t rows, float* packed) {
+  size_t block = padded_rows(s) * kPairsRows;
+  size_t bytes = kPairsBlockRows / kPairsRows * block * sizeof(float);
   float* c = static_cast<float*>(scratch(bytes, 1));
   if (s.k == 0) std::memset(c, 0, bytes);
-  Tiles tiles;
-  for (int64_t row = 0; row < rows; row += kAmxBlockRows) {
-    int64_t here = min(kAmxBlockRows, rows - row);
-    amx_outer<B>(s, begin + row, here, packed, c);
-    for (int64_t r = 0; r < here; r += kAmxRows)
-      finish_transposed(s, begin + row + r, min(kAmxRows, here - r), c + r / kAmxRows * block, kTile, kAmxRows);
+  for (int64_t row = 0; row < rows; row += kPairsBlockRows) {
+    int64_t here = min(kPairsBlockRows, rows - row);
+    pairs_outer<B, kAmx>(s, begin + row, here, packed, c);
+    for (int64_t r = 0; r < here; r += kPairsRows)
+      finish_transposed(s, begin + row + r, min(kPairsRows, here - r), c + r / kPairsRows * block, kTile, kPairsRows);
   }
+}
+
+template <typename B>
+void pairs(const Segment& s, int64_t begin, int64_t rows, float* packed) {
+  if (simd_level() == Level::bf16) return pairs<B, false>(s, begin, rows, packed);
+  Tiles tiles;
+  pairs<B, true>(s, begin, rows, packed);
 }
 #endif
 
 // ---- few rows: dot products ----
 
-// The rows of b that one pass takes against kRows rows of a.
+// total [kRows] += a [blocks of k][m][kScaleBlock] times one row of b, k [k0, k1) of it. `codes`: see load_quad.
 template <typename B, int kRows>
-constexpr int kDotColumns = min(std::is_same_v<B, e4m3> ? 4 : 8, kDotAccumulators / kRows);
-
-// sums [kRows][kTaskRows] at column 0 to count - 1: the rows of a times the rows of b from `row` on.
-template <typename B, int kRows>
-void dot_block(const float* a, int64_t a_stride, const Operand& b, int64_t row, int64_t count, int64_t k, float* sums) {
-  constexpr bool kScaled = std::is_same_v<B, e4m3>;
-  constexpr bool kScaleSums = kScaled && kRows == 1;  // with more rows, scaling b is less work
-  constexpr int kColumns = kDotColumns<B, kRows>;
-  const B* x[kColumns];
-  int64_t rows[kColumns];
-  f32v total[kRows][kColumns], scales[kColumns], part[kColumns];
+void dot_rows(const float* a, int64_t m, const float*, const Operand& b, int64_t k0, int64_t k1, f32v* total,
+              Codes& codes) {
+  constexpr int kChains = kRows <= 2 ? 4 : kRows <= 5 ? 2 : 1;  // of sums that do not wait for each other
+  for (int64_t k = k0; k < k1; k += kScaleBlock, a += m * kScaleBlock) {
+    const B* x = static_cast<const B*>(b.data) + k;
+    f32v part[kRows][kChains] = {};
+    auto step = [&](const B* x, int64_t i) __attribute__((always_inline)) {
+      f32v y[kQuad];
+      load_quad(x, y, codes);
+#pragma GCC unroll 4
+      for (int v = 0; v < kQuad; ++v)
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) part[r][v % kChains] += load(a + r * kScaleBlock + i + v * kLanes) * y[v];
+    };
+    if (k1 - k >= kScaleBlock) {
+      prefetch_block(x);
 #pragma GCC unroll 8
-  for (int c = 0; c < kColumns; ++c) {
-    rows[c] = row + min(c, count - 1);  // past the end the last row again; its sums are not kept
-    x[c] = static_cast<const B*>(b.data) + rows[c] * b.stride;
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) total[r][c] = f32v{};
-  }
-  auto step = [&](int64_t i, int64_t lanes) __attribute__((always_inline)) {
-    f32v y[kColumns];
-#pragma GCC unroll 8
-    for (int c = 0; c < kColumns; ++c) {
-      y[c] = load_fast_lanes(x[c] + i, lanes);
-      if constexpr (kScaled && !kScaleSums) y[c] *= scales[c];
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      f32v z = load_lanes(a + r * a_stride + i, lanes);
-#pragma GCC unroll 8
-      for (int c = 0; c < kColumns; ++c) (kScaleSums ? part[c] : total[r][c]) += z * y[c];
-    }
-  };
-  for (int64_t block = 0; block < k; block += kScaleBlock) {
-    int64_t end = min(k, block + kScaleBlock), i = block;
-    if constexpr (kScaled) {
-#pragma GCC unroll 8
-      for (int c = 0; c < kColumns; ++c) {
-        scales[c] = splat(fast_scale(b, rows[c], block, end - block));
-        part[c] = f32v{};
+      for (int64_t i = 0; i < kScaleBlock; i += kQuadLanes) step(x + i, i);
+    } else {
+      for (int64_t i = 0; i < k1 - k; i += kQuadLanes) {
+        B quad[kQuadLanes] = {};
+        std::memcpy(quad, x + i, min(kQuadLanes, k1 - k - i) * sizeof(B));
+        step(quad, i);
       }
     }
-    for (; i + kLanes <= end; i += kLanes) step(i, kLanes);
-    if (i < end) step(i, end - i);
-    if constexpr (kScaleSums) {
-#pragma GCC unroll 8
-      for (int c = 0; c < kColumns; ++c) total[0][c] += part[c] * scales[c];
+    f32v scale = splat(b.scales ? scale_at(b, 0, k) : 1.0f);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int chain = 1; chain < kChains; ++chain) part[r][0] += part[r][chain];
+      total[r] += part[r][0] * scale;
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int c = 0; c < kColumns; ++c)
-      if (c < count) sums[r * kTaskRows + c] = sum(total[r][c]);
 }
 
-template <typename B, int kRows = kDotRows>
-void dot(const Segment& s, int64_t begin, int64_t rows, const float* a, int64_t a_stride) {
+// The function for 1 to kDotBlock rows of a, packed as A.
+template <typename A, typename B, int kRows = kDotBlock>
+auto dot_rows_of(int64_t rows) {
   if constexpr (kRows > 1)
-    if (s.m < kRows) return dot<B, kRows - 1>(s, begin, rows, a, a_stride);
-  constexpr int kColumns = kDotColumns<B, kRows>;
-  float sums[kRows * kTaskRows];
-  for (int64_t c = 0; c < rows; c += kColumns)
-    dot_block<B, kRows>(a, a_stride, s.b, begin + c, min(kColumns, rows - c), s.k, sums + c);
-  for (int64_t r = 0; r < kRows; ++r)
+    if (rows < kRows) return dot_rows_of<A, B, kRows - 1>(rows);
+#ifdef JAXKERN_LEVEL_avx512
+  if constexpr (std::is_same_v<A, bf16>)
+    return &dot_pairs<B, kRows>;
+  else
+#endif
+    return &dot_rows<B, kRows>;
+}
+
+// Columns [begin, begin + rows) of the result. a: [k / kScaleBlock][m][kScaleBlock], packed as A.
+template <typename A, typename B>
+void dot(const Segment& s, int64_t begin, int64_t rows, const float* packed) {
+  constexpr bool kMarksNan = std::is_same_v<A, float> && std::is_same_v<B, e4m3>;
+  constexpr float kUnit = std::is_same_v<A, float> ? quad_unit<B> : 1.0f;
+  const A* a = reinterpret_cast<const A*>(packed);
+  const float* a_scales = packed + dot_values_floats(s);
+  int64_t span = max(kScaleBlock, kDotSpanBytes / int64_t(sizeof(A)) / s.m / kScaleBlock * kScaleBlock);
+  auto whole = dot_rows_of<A, B>(kDotBlock), rest = dot_rows_of<A, B>(max(1, s.m % kDotBlock));
+  float sums[kDotRows * kTaskRows];
+  for (int64_t first = 0; first < rows; first += kDotColumns) {
+    int64_t columns = min(kDotColumns, rows - first);
+    f32v total[kDotColumns * kDotRows];
+    for (int64_t i = 0; i < columns * s.m; ++i) total[i] = f32v{};
+    Codes codes = {};
+    for (int64_t k = 0; k < s.k; k += span) {
+      int64_t end = min(k + span, s.k);
+      for (int64_t c = 0; c < columns; ++c) {
+        Operand b = from(s.b, begin + first + c, 0);
+        for (int64_t r = 0; r < s.m; r += kDotBlock)
+          (s.m - r >= kDotBlock ? whole : rest)(a + k * s.m + r * kScaleBlock, s.m,
+                                                a_scales + k / kScaleBlock * s.m + r, b, k, end, total + c * s.m + r,
+                                                codes);
+      }
+    }
+    bool any = is_any_nan(codes);
+    for (int64_t c = 0; c < columns; ++c) {
+      bool nan = false;
+      if constexpr (kMarksNan)
+        nan = any && any_nan(static_cast<const B*>(s.b.data) + (begin + first + c) * s.b.stride, s.k);
+      for (int64_t r = 0; r < s.m; ++r)
+        sums[r * kTaskRows + first + c] = nan ? __builtin_nanf("") : sum(total[c * s.m + r]) * kUnit;
+    }
+  }
+  for (int64_t r = 0; r < s.m; ++r)
     for (int64_t c = 0; c < rows; c += kLanes) {
       int64_t lanes = min(kLanes, rows - c);
       f32v x = load_lanes(sums + r * kTaskRows + c, lanes);
@@ -287,21 +332,24 @@ void dot(const Segment& s, int64_t begin, int64_t rows, const float* a, int64_t 
 
 // ---- chunks of segments ----
 
-// The dot's a: rows [m][packed_stride].
+// The dot's a: [k / kScaleBlock][m][kScaleBlock], each row in the order of b's quads.
 template <typename A>
 void pack_dot_rows(const Segment& s, int64_t k0, int64_t k1, float* to) {
-  for (int64_t r = 0; r < s.m; ++r)
-    for (int64_t i = k0; i < k1; i += kLanes) {
-      f32v x;
-      if (!s.a.transposed) {
-        x = dequantized<A>(s.a, r, i, k1 - i);
-      } else {
-        for (int j = 0; j < kLanes; ++j) {
-          if constexpr (!std::is_same_v<A, e4m3>)
-            x[j] = i + j < k1 ? to_f32(static_cast<const A*>(s.a.data)[(i + j) * s.a.stride + r]) : 0.0f;
+  for (int64_t i = k0; i < k1; i += kScaleBlock)
+    for (int64_t r = 0; r < s.m; ++r) {
+      float row[kScaleBlock] = {};
+      int64_t n = min(kScaleBlock, k1 - i);
+      for (int64_t j = 0; j < n; j += kLanes) {
+        if (!s.a.transposed) {
+          store(row + j, dequantized<A>(s.a, r, i + j, n - j));
+        } else if constexpr (!std::is_same_v<A, e4m3>) {
+          for (int64_t l = j; l < min(j + kLanes, n); ++l)
+            row[l] = to_f32(static_cast<const A*>(s.a.data)[(i + l) * s.a.stride + r]);
         }
       }
-      store(to + r * s.packed_stride + i, x);
+      float* block = to + i * s.m + r * kScaleBlock;
+      for (int64_t j = 0; j < kScaleBlock; j += kQuadLanes)
+        for (int l = 0; l < kQuadLanes; ++l) block[j + l] = row[j + (s.b.type == DType::e4m3 ? quad_element(l) : l)];
     }
 }
 
@@ -309,11 +357,15 @@ void pack(const Segment& s, int64_t index, float* packed) {
   int64_t panel = index % panels_of(s), begin = index / panels_of(s) * kPackK, end = min(s.k, begin + kPackK);
   with_type(s.a.type, [&](auto type) {
     using A = decltype(type);
-    if (s.form == Form::dot) return pack_dot_rows<A>(s, begin, end, packed + s.packed);
 #ifdef JAXKERN_LEVEL_avx512
-    if constexpr (!std::is_same_v<A, float>)
-      if (s.form == Form::amx) return amx_pack_panel<A>(s, panel, begin, end, packed + s.packed);
+    if constexpr (!std::is_same_v<A, float>) {
+      if (s.form == Form::pairs) return pack_pairs_panel<A>(s, panel, begin, end, packed + s.packed);
+      if (s.form == Form::dot && is_paired(s))
+        return pack_dot_pairs<A>(s, begin, end, reinterpret_cast<bf16*>(packed + s.packed),
+                                 packed + s.packed + dot_values_floats(s));
+    }
 #endif
+    if (s.form == Form::dot) return pack_dot_rows<A>(s, begin, end, packed + s.packed);
     int64_t row = panel * kPanel, width = panel_width(s, panel);
     float* to = packed + s.packed + row * s.k;
     for (int64_t k0 = begin; k0 < end; k0 += kBlockK)
@@ -327,12 +379,13 @@ void multiply(const Segment& s, int64_t index, float* packed) {
   with_type(s.b.type, [&](auto type) {
     using B = decltype(type);
 #ifdef JAXKERN_LEVEL_avx512
-    if constexpr (!std::is_same_v<B, float>)
-      if (s.form == Form::amx) return amx<B>(s, begin, rows, packed + s.packed);
+    if constexpr (!std::is_same_v<B, float>) {
+      if (s.form == Form::pairs) return pairs<B>(s, begin, rows, packed + s.packed);
+      if (s.form == Form::dot && is_paired(s)) return dot<bf16, B>(s, begin, rows, packed + s.packed);
+    }
 #endif
     if (s.form == Form::outer) return outer<B>(s, begin, rows, packed + s.packed);
-    if (is_in_place(s)) return dot<B>(s, begin, rows, static_cast<const float*>(s.a.data), s.a.stride);
-    return dot<B>(s, begin, rows, packed + s.packed, s.packed_stride);
+    return dot<float, B>(s, begin, rows, packed + s.packed);
   });
 }
 
@@ -365,7 +418,6 @@ class Chunk {
     if (s.m == 0 || s.n == 0) return;
     s.form = form_of(s);
     plan_tasks(s, threads_.count());
-    s.packed_stride = ceil_div(s.k, kLanes) * kLanes;
     int64_t floats = packed_floats(s);
     if (count_ == kMaxSegments || (count_ > 0 && floats_ + floats > kMaxPackedFloats)) run();
     s.packed = floats_;
@@ -416,15 +468,16 @@ class Chunk {
 
 // Calls f(group, begin, end, next) for each group, where rows [begin, end) are the group's and [end, next) nobody's.
 template <typename F>
-void for_each_group(const int32_t* sizes, int64_t groups, int64_t alignment, int64_t rows, F f) {
+void for_each_group(const Groups& groups, int64_t rows, F f) {
   int64_t begin = 0;
-  for (int64_t group = 0; group < groups; ++group) {
-    int64_t end = begin + min(max(sizes[group], 0), rows - begin);
-    int64_t next = min(ceil_div(end, alignment) * alignment, rows);
+  for (int64_t group = 0; group < groups.count; ++group) {
+    int64_t room = groups.stride ? min(groups.stride, rows - begin) : rows - begin;
+    int64_t end = begin + min(max(groups.sizes[group], 0), room);
+    int64_t next = groups.stride ? begin + room : min(ceil_div(end, groups.alignment) * groups.alignment, rows);
     f(group, begin, end, next);
     begin = next;
   }
-  f(groups, begin, begin, rows);
+  f(groups.count, begin, begin, rows);
 }
 
 }  // namespace
@@ -452,31 +505,33 @@ void gemm(const GemmParams& p, const Threads& threads) {
 void grouped_gemm(const GroupedGemmParams& p, const Threads& threads) {
   Chunk chunk(threads);
   int64_t row_bytes = p.n * size_of(p.out_type);
-  for_each_group(
-      p.group_sizes, p.groups, p.alignment, p.m, [&](int64_t group, int64_t begin, int64_t end, int64_t next) {
-        char* out = static_cast<char*>(p.out);
-        if (next > end) std::memset(out + end * row_bytes, 0, (next - end) * row_bytes);
-        if (end == begin) return;
-        Segment s = {};
-        s.a = from(p.a, begin, 0);
-        s.b = p.b;
-        s.b.data = static_cast<const char*>(p.b.data) + group * p.b_group_stride * size_of(p.b.type);
-        if (p.b.scales)
-          s.b.scales = static_cast<const char*>(p.b.scales) + group * p.b_scale_group_stride * size_of(p.b.scale_type);
-        s.out = out + begin * row_bytes;
-        s.out_type = p.out_type;
-        s.m = end - begin, s.n = p.n, s.k = p.k;
-        chunk.add(s);
-      });
+  char* out = static_cast<char*>(p.out);
+  for_each_group(p.groups, p.m, [&](int64_t group, int64_t begin, int64_t end, int64_t next) {
+    threads.for_each_chunk(next - end, row_bytes, [&](int64_t first, int64_t last) {
+      std::memset(out + (end + first) * row_bytes, 0, (last - first) * row_bytes);
+    });
+    if (end == begin) return;
+    Segment s = {};
+    s.a = from(p.a, begin, 0);
+    s.b = p.b;
+    s.b.data = static_cast<const char*>(p.b.data) + group * p.b_group_stride * size_of(p.b.type);
+    if (p.b.scales)
+      s.b.scales = static_cast<const char*>(p.b.scales) + group * p.b_scale_group_stride * size_of(p.b.scale_type);
+    s.out = out + begin * row_bytes;
+    s.out_type = p.out_type;
+    s.m = end - begin, s.n = p.n, s.k = p.k;
+    chunk.add(s);
+  });
 }
 
 void k_grouped_gemm(const KGroupedGemmParams& p, const Threads& threads) {
   Chunk chunk(threads);
-  for_each_group(p.group_sizes, p.groups, p.alignment, p.t, [&](int64_t group, int64_t begin, int64_t end, int64_t) {
-    if (group == p.groups) return;
+  for_each_group(p.groups, p.t, [&](int64_t group, int64_t begin, int64_t end, int64_t) {
+    if (group == p.groups.count) return;
+    auto of_group = [&](const Operand& o) { return o.transposed ? from(o, begin, 0) : from(o, 0, begin); };
     Segment s = {};
-    s.a = from(p.a, begin, 0);
-    s.b = from(p.b, begin, 0);
+    s.a = of_group(p.a);
+    s.b = of_group(p.b);
     s.accumulator = p.accumulator ? p.accumulator + group * p.m * p.n : nullptr;
     s.out = p.out + group * p.m * p.n;
     s.out_type = DType::f32;

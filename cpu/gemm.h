@@ -31,25 +31,30 @@ struct GemmParams {
   int64_t batch, m, n, k;
 };
 
-// The rows of group i of a, times b[i]^T. A group starts where the one before it ends, rounded up to `alignment`; sizes
-// that do not fit into m rows are cut. Rows in no group become zero.
+// Where groups of rows lie. A group starts where the one before it ends, rounded up to `alignment`; or, with a `stride`
+// that is not 0, group i starts at row i * stride and has at most that many. Sizes that do not fit are cut.
+struct Groups {
+  const int32_t* sizes;
+  int64_t count, alignment, stride;
+};
+
+// The rows of group i of a, times b[i]^T. Rows in no group become zero.
 struct GroupedGemmParams {
   Operand a, b;
   int64_t b_group_stride, b_scale_group_stride;
-  const int32_t* group_sizes;
-  int64_t groups, alignment;
+  Groups groups;
   void* out;  // [m, n]
   DType out_type;
   int64_t m, n, k;
 };
 
-// out[i] = a_i^T b_i + accumulator[i], where a_i and b_i are the rows of group i of a [t, m] and b [t, n].
+// out[i] = a_i^T b_i + accumulator[i], where a_i and b_i are group i of the t of a and b: stored as a [t, m] and b [t,
+// n], transposed, or, with scales, as a [m, t] and b [n, t]. Groups then start at multiples of 128.
 struct KGroupedGemmParams {
-  Operand a, b;  // transposed
-  const int32_t* group_sizes;
-  int64_t groups, alignment;
+  Operand a, b;
+  Groups groups;
   const float* accumulator;  // or null
-  float* out;                // [groups, m, n]
+  float* out;                // [groups.count, m, n]
   int64_t t, m, n;
 };
 

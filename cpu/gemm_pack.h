@@ -20,7 +20,7 @@ JAXKERN_INLINE constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : 
 JAXKERN_INLINE constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How a product runs; see gemm.cc.
-enum class Form { dot, outer, amx };
+enum class Form { dot, outer, pairs };
 
 // One product, out = a b^T + accumulator, and its place in a chunk of them.
 struct Segment {
@@ -33,8 +33,18 @@ struct Segment {
   int64_t full_tasks, task_rows, tail_rows;  // tasks of task_rows rows of b each, then of tail_rows
   // Where the chunk's tasks and its packed a begin for this segment.
   int64_t first_task, first_packing;
-  int64_t packed, packed_stride;  // packed is where in the chunk's floats; packed_stride, of a dot's rows
+  int64_t packed;  // in floats
 };
+
+constexpr int64_t kDotAheadBytes = 4096;  // of a row of b, fetched before they are needed
+
+// What a dot product's row of b needs kDotAheadBytes after the block at x.
+template <typename B>
+JAXKERN_INLINE void prefetch_block(const B* x) {
+#pragma GCC unroll 8
+  for (int64_t i = 0; i < kScaleBlock; i += 64 / int64_t(sizeof(B)))
+    __builtin_prefetch(x + kDotAheadBytes / int64_t(sizeof(B)) + i);
+}
 
 // Calls f with a value of the storage type.
 template <typename F>
@@ -90,8 +100,11 @@ void pack_rows(const Operand& o, int64_t row, int64_t rows, int64_t k0, int64_t 
   if (!o.transposed) {
     for (int64_t r = 0; r < rows; ++r) {
       const T* x = static_cast<const T*>(o.data) + (row + r) * o.stride + k0;
+      // The pieces of rows are too short for the hardware to fetch the next ones ahead.
+      const T* next = x + kBlockK;
       for (int64_t begin = 0; begin < kc; begin += kScaleBlock) {
         int64_t end = min(kc, begin + kScaleBlock);
+        for (int64_t i = begin; i < end; i += 64 / sizeof(T)) __builtin_prefetch(next + i);
         f32v scale = {};
         if constexpr (std::is_same_v<T, e4m3>) scale = splat(fast_scale(o, row + r, k0 + begin, end - begin));
         for (int64_t i = begin; i < end; i += kLanes) {

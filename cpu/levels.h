@@ -5,8 +5,8 @@
 
 namespace jaxkern::cpu {
 
-// amx is the avx512 code, which may then use the matrix unit (cpu/amx.h) as well.
-enum class Level { portable, avx2, avx512, amx };
+// bf16 and amx are the avx512 code, which may then use vdpbf16ps, and the matrix unit (cpu/amx.h), as well.
+enum class Level { portable, avx2, avx512, bf16, amx };
 
 // The best level that this machine and this build have, or the one that JAXKERN_SIMD names if that is lower.
 Level simd_level();
@@ -28,6 +28,7 @@ const char* simd_level_name();
   inline void name(const Params& params, const Threads& threads) { \
     switch (simd_level()) {                                        \
       case Level::amx:                                             \
+      case Level::bf16:                                            \
       case Level::avx512:                                          \
         return avx512::name(params, threads);                      \
       case Level::avx2:                                            \

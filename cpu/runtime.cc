@@ -17,9 +17,17 @@
 namespace jaxkern::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "amx"};
+constexpr const char* kNames[] = {"portable", "avx2", "avx512", "bf16", "amx"};
 
 #ifdef JAXKERN_X86
+// Whether there are vdpbf16ps and, to convert to it, vpermi2b.
+bool has_bf16() {
+  unsigned a, b, c, d;
+  constexpr unsigned kVbmi = 1u << 1, kAvx512Bf16 = 1u << 5;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c & kVbmi) && __get_cpuid_count(7, 1, &a, &b, &c, &d) &&
+         (a & kAvx512Bf16);
+}
+
 // Whether there is a matrix unit for bfloat16 and the system lets this process use it, which it must be asked for.
 bool has_amx() {
   unsigned a, b, c, d;
@@ -42,7 +50,7 @@ Level detect() {
     best = 1;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
-      best = has_amx() ? 3 : 2;
+      best = !has_bf16() ? 2 : has_amx() ? 4 : 3;
   }
 #endif
   if (const char* wanted = std::getenv("JAXKERN_SIMD"))

@@ -182,6 +182,61 @@ constexpr float kFastUnit = 1.0f;
 JAXKERN_INLINE f32v load_fast(const e4m3* p) { return load(p); }
 #endif
 
+// ---- four registers of consecutive elements, in the order that is cheapest to convert ----
+
+constexpr int kQuad = 4;
+constexpr int kQuadLanes = kQuad * kLanes;
+
+// load_quad's registers times quad_unit are the elements, but for NaN codes of e4m3, which become numbers: of these,
+// `codes` remembers whether there were any. Element quad_element(i) of an e4m3 quad is lane i; of others, element i is.
+template <typename T>
+constexpr float quad_unit = 1.0f;
+
+template <typename T, typename Codes>
+JAXKERN_INLINE void load_quad(const T* p, f32v (&x)[kQuad], Codes&) {
+#pragma GCC unroll 4
+  for (int v = 0; v < kQuad; ++v) x[v] = load(p + v * kLanes);
+}
+
+#if defined(JAXKERN_LEVEL_avx512) || defined(JAXKERN_LEVEL_avx2)
+// The bytes at odd places, then those at even places, of 16-bit lanes: shifts make float16 of either.
+template <>
+constexpr float quad_unit<e4m3> = kFastUnit;
+JAXKERN_INLINE constexpr int quad_element(int i) { return i < 2 * kLanes ? 2 * i + 1 : 2 * (i - 2 * kLanes); }
+typedef int16_t i16x2v __attribute__((vector_size(kLanes * 4)));
+#if defined(JAXKERN_LEVEL_avx512)
+using Codes = __m512i;
+JAXKERN_INLINE Codes max_codes(Codes a, Codes b) { return _mm512_max_epu8(a, b); }
+JAXKERN_INLINE f32v first_half(i16x2v x) { return (f32v)_mm512_cvtph_ps(_mm512_castsi512_si256((__m512i)x)); }
+JAXKERN_INLINE f32v second_half(i16x2v x) { return (f32v)_mm512_cvtph_ps(_mm512_extracti64x4_epi64((__m512i)x, 1)); }
+#else
+using Codes = __m256i;
+JAXKERN_INLINE Codes max_codes(Codes a, Codes b) { return _mm256_max_epu8(a, b); }
+JAXKERN_INLINE f32v first_half(i16x2v x) { return (f32v)_mm256_cvtph_ps(_mm256_castsi256_si128((__m256i)x)); }
+JAXKERN_INLINE f32v second_half(i16x2v x) { return (f32v)_mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)x, 1)); }
+#endif
+JAXKERN_INLINE void load_quad(const e4m3* p, f32v (&x)[kQuad], Codes& codes) {
+  i16x2v bits = load_raw<i16x2v>(p);
+  codes = max_codes(codes, (Codes)(bits | int16_t(0x8080)));
+  i16x2v odd = (bits >> 1) & int16_t(0xbf80), even = ((bits << 8) >> 1) & int16_t(0xbf80);
+  x[0] = first_half(odd);
+  x[1] = second_half(odd);
+  x[2] = first_half(even);
+  x[3] = second_half(even);
+}
+JAXKERN_INLINE bool is_any_nan(Codes codes) {
+  uint8_t bytes[sizeof(Codes)];
+  store_raw(bytes, codes);
+  bool any = false;
+  for (uint8_t byte : bytes) any |= byte == 0xff;
+  return any;
+}
+#else
+struct Codes {};
+JAXKERN_INLINE constexpr int quad_element(int i) { return i; }
+JAXKERN_INLINE bool is_any_nan(Codes) { return false; }
+#endif
+
 // Whether there is a NaN code among p[0] to p[n - 1].
 JAXKERN_INLINE bool any_nan(const e4m3* p, int64_t n) {
   int64_t i = 0;

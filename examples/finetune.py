@@ -2,8 +2,8 @@
 
     python examples/finetune.py out/shakespeare/tragedies examples/data/sonnets.txt out/tuned --steps 50
 
-Trains every parameter with AdamW; FP8 weights are dequantised first. Text goes through the folder's tokenizer as in
-generate.py.
+Trains every parameter with AdamW; FP8 weights are dequantised first, and with --fp8 every product still runs in FP8.
+Text goes through the folder's tokenizer as in generate.py.
 """
 
 import argparse
@@ -31,6 +31,7 @@ def main():
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--microbatches", type=int, default=1, help="gradient accumulation")
+    parser.add_argument("--fp8", action="store_true", help="bfloat16 activations, products in FP8")
     options = parser.parse_args()
     if options.devices:
         jax.config.update("jax_num_cpu_devices", options.devices)
@@ -39,6 +40,8 @@ def main():
     text = np.array(encode(options.text.read_text()), np.int32)
     mesh = jax.make_mesh((jax.device_count(),), ("expert",))
     model = deepseek.from_pretrained(options.checkpoint, mesh=mesh, dtype=jnp.float32, quantized=False)
+    if options.fp8:
+        model.dtype, model.fp8 = jnp.bfloat16, True
     optimizer = nnx.Optimizer(model, deepseek.adamw(options.learning_rate), wrt=nnx.Param)
     step = deepseek.make_train_step(microbatches=options.microbatches, remat=True)
     rng = np.random.default_rng(0)

@@ -24,6 +24,7 @@ def main():
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--weight-only", action="store_true", help="plain activations for FP8 weights")
     options = parser.parse_args()
     if options.devices:
         jax.config.update("jax_num_cpu_devices", options.devices)
@@ -31,6 +32,7 @@ def main():
     encode, decode = text_codec(options.checkpoint)
     mesh = jax.make_mesh((jax.device_count(),), ("expert",))
     model = deepseek.from_pretrained(options.checkpoint, mesh=mesh)
+    model.fp8 &= not options.weight_only
     prompts = [encode(prompt) for prompt in options.prompts]
     longest = max(map(len, prompts))
     ids = np.array([[0] * (longest - len(p)) + p for p in prompts])

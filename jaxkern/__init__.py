@@ -5,10 +5,11 @@ Every op takes `implementation=None | "cpu" | "cuda" | "xla" | "sim"`; None is t
 
 from jaxkern import kv_cache
 from jaxkern._ffi import DISABLE_JAX_EXPORT_CHECKS, implementations_used
-from jaxkern.gemm import gemm, grouped_gemm, k_grouped_gemm
+from jaxkern.gemm import gemm, grouped_gemm, k_grouped_gemm, masked_grouped_gemm
+from jaxkern.linear import fp8_grouped_linear, fp8_linear
 from jaxkern.mla import mla_decode, mla_prefill
 from jaxkern.moe import combine, dispatch, route
-from jaxkern.quantize import ScaledArray, dequantize, quantize
+from jaxkern.quantize import ScaledArray, dequantize, quantize, quantize_along_tokens, swiglu_quantize
 
 __version__ = "0.1.0"
 
@@ -18,13 +19,18 @@ __all__ = [
     "combine",
     "dequantize",
     "dispatch",
+    "fp8_grouped_linear",
+    "fp8_linear",
     "gemm",
     "grouped_gemm",
     "implementations_used",
     "k_grouped_gemm",
     "kv_cache",
+    "masked_grouped_gemm",
     "mla_decode",
     "mla_prefill",
     "quantize",
+    "quantize_along_tokens",
     "route",
+    "swiglu_quantize",
 ]

@@ -1,4 +1,4 @@
-"""Matrix products: `gemm`, `grouped_gemm`, `k_grouped_gemm`."""
+"""Matrix products: `gemm`, `grouped_gemm`, `masked_grouped_gemm`, `k_grouped_gemm`."""
 
 import dataclasses
 import functools
@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxkern import _ffi, reference
 from jaxkern._check import FLOATS, INT32, Sizes, as_array, describe
-from jaxkern.quantize import BY_COLUMN, ScaledArray, check_scaled
+from jaxkern.quantize import BY_COLUMN, ScaledArray, check_scaled, too_many_groups
 
 UNSCALED = (0, 0)  # the block shape of an operand without scales
 
@@ -66,7 +66,8 @@ def grouped_gemm(
         zero whatever a holds there. Sizes that are negative or go past m are cut. Time follows the sum of the sizes.
     Sharding: shard_map, along n, along k as in `gemm`, or with the groups' rows.
     Gradient: of a and b, as in `gemm`.
-    Implementations: cpu, xla.
+    Implementations: cpu, xla; cuda and sim as in `gemm` and for bfloat16 a and b, for at most 1024 groups and 2^26 - 1
+        rows; weight gradients have none of bfloat16 and are then xla's, or an error if asked for by name.
     Errors: as `gemm`, and ValueError for a group_alignment below 1.
     Source: DeepGEMM, m-grouped contiguous layout.
     """
@@ -83,9 +84,45 @@ def grouped_gemm(
     return _grouped_gemm(static, *_ffi.align(*arrays))
 
 
+def masked_grouped_gemm(
+    a: jax.Array | ScaledArray,
+    b: jax.Array | ScaledArray,
+    group_sizes: jax.Array,
+    *,
+    out_dtype=None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The first group_sizes[i] rows of a[i], times b[i]^T: groups of a fixed capacity, filled in part.
+
+    Shapes and dtypes: a [g, m, k], b [g, n, k], group_sizes int32 [g] -> [g, m, n]; dtypes as in `gemm`.
+    Units: the other rows come out zero whatever a holds there. Sizes below 0 count as 0, sizes above m as m. Time
+        follows the sum of the sizes, but for the zeros that are written.
+    Sharding: shard_map, along g, along n, or along k as in `gemm`.
+    Gradient: of a and b, as in `grouped_gemm`; rows that do not count get zeros.
+    Implementations: as `grouped_gemm`.
+    Errors: as `gemm`.
+    Source: DeepGEMM, m-grouped masked layout.
+    """
+    sizes = Sizes("masked_grouped_gemm")
+    a, a_scales, a_block = _operand(sizes, "a", a, "g m k", blocks=((1, 128),))
+    b = _operand(sizes, "b", b, "g n k", blocks=((1, 128), (128, 128)))
+    out_dtype = _out_dtype(sizes, (a, a_scales, a_block), b, out_dtype)
+    group_sizes = sizes.check("group_sizes", group_sizes, INT32, "g")
+    groups, capacity, n = sizes["g"], sizes["m"], sizes["n"]
+
+    def rows(x):
+        return x.reshape(1, groups * capacity, x.shape[-1])
+
+    arrays = [rows(a), a_scales if a_block == UNSCALED else rows(a_scales), b[0], b[1], group_sizes]
+    static = _Static(
+        "masked_grouped_gemm", a_block, b[2], out_dtype.name, group_stride=capacity, implementation=implementation
+    )
+    return _grouped_gemm(static, *_ffi.align(*arrays)).reshape(groups, capacity, n)
+
+
 def k_grouped_gemm(
-    a: jax.Array,
-    b: jax.Array,
+    a: jax.Array | ScaledArray,
+    b: jax.Array | ScaledArray,
     group_sizes: jax.Array,
     *,
     group_alignment: int = 1,
@@ -95,29 +132,44 @@ def k_grouped_gemm(
     """a_i^T b_i + accumulator[i] for the rows a_i and b_i of each group: the weight gradient of `grouped_gemm`.
 
     Shapes and dtypes: a [t, m], b [t, n], each float32 or bfloat16, group_sizes int32 [g] -> float32 [g, m, n];
-        accumulator float32 [g, m, n].
-    Units: groups of rows as in `grouped_gemm`; products and sums in float32. An empty group gives zeros, or its
-        accumulator; rows in no group have no effect, whatever they hold.
+        accumulator float32 [g, m, n]. Or ScaledArrays a [m, t], b [n, t], both with blocks (1, 128) along t, as
+        `quantize_along_tokens` makes them.
+    Units: groups of t as in `grouped_gemm`; products and sums in float32, scales included. An empty group gives zeros,
+        or its accumulator; what is in no group has no effect, whatever it holds. With ScaledArrays group_alignment is a
+        multiple of 128, so that no two groups share a scale.
     Sharding: shard_map, along m and n, or with the groups' rows.
-    Gradient: of a, b and accumulator.
-    Implementations: cpu, xla.
-    Errors: TypeError, ValueError.
-    Source: DeepGEMM, k-grouped layout.
+    Gradient: of a, b and accumulator; none with ScaledArrays.
+    Implementations: cpu, xla; cuda and sim for ScaledArrays, n and t multiples of 16, groups as in `grouped_gemm`.
+    Errors: TypeError for dtypes that do not go together, ValueError for shapes and for such a group_alignment,
+        NotImplementedError for the gradient of ScaledArrays.
+    Source: DeepSeek-V3 report, section 3.3.2; DeepGEMM, k-grouped layout.
     """
     sizes = Sizes("k_grouped_gemm")
-    a = sizes.check("a", a, FLOATS, "t m")
-    b = sizes.check("b", b, FLOATS, "t n")
+    is_scaled = isinstance(a, ScaledArray)
+    sizes.require(
+        isinstance(b, ScaledArray) == is_scaled,
+        f"a and b must be both ScaledArrays or neither, got a {_kind(a)} and b {_kind(b)}",
+        TypeError,
+    )
+    a = _operand(sizes, "a", a, "m t" if is_scaled else "t m", blocks=((1, 128),))
+    b = _operand(sizes, "b", b, "n t" if is_scaled else "t n", blocks=((1, 128),))
     group_sizes = sizes.check("group_sizes", group_sizes, INT32, "g")
     sizes.require_size("group_alignment", group_alignment)
+    sizes.require(
+        not is_scaled or group_alignment % 128 == 0,
+        f"group_alignment must be a multiple of 128 with ScaledArrays, got {group_alignment}",
+    )
     if accumulator is not None:
         accumulator = sizes.check("accumulator", accumulator, (jnp.float32,), "g m n")
     static = _Static(
         "k_grouped_gemm",
+        a[2],
+        b[2],
         accumulate=accumulator is not None,
         group_alignment=group_alignment,
         implementation=implementation,
     )
-    return _k_grouped_gemm(static, *_ffi.align(a, b, group_sizes, _or_absent(accumulator)))
+    return _k_grouped_gemm(static, *_ffi.align(*a[:2], *b[:2], group_sizes, _or_absent(accumulator)))
 
 
 # ---- arguments ----
@@ -133,6 +185,7 @@ class _Static:
     out_dtype: str = ""
     accumulate: bool = False
     group_alignment: int = 1
+    group_stride: int = 0
     implementation: str | None = None
 
 
@@ -161,13 +214,25 @@ def _out_dtype(sizes: Sizes, a, b, out_dtype) -> np.dtype:
     return out_dtype
 
 
+def _kind(x) -> str:
+    return "a ScaledArray" if isinstance(x, ScaledArray) else describe(as_array(x))
+
+
 def _or_absent(accumulator):
     return jnp.zeros((0, 0, 0), jnp.float32) if accumulator is None else accumulator
 
 
-def _frozen(x, like):
-    """The zero cotangent of x, varying over the mesh as `like` does."""
-    return _ffi.align(jnp.zeros(x.shape, x.dtype), like)[0]
+def frozen(x, like):
+    """The zero cotangent of x, varying over the mesh as `like` does; 2^-127 for float8_e8m0fnu, which has no zero."""
+    zeros = jnp.zeros(x.shape, x.dtype)
+    if x.dtype == jnp.float8_e8m0fnu:
+        zeros = jax.lax.bitcast_convert_type(jnp.zeros(x.shape, jnp.uint8), x.dtype)
+    return _ffi.align(zeros, like)[0]
+
+
+def no_tangent(x):
+    """The cotangent of integers."""
+    return np.zeros(x.shape, jax.dtypes.float0)
 
 
 def _no_gradient(static: _Static):
@@ -224,9 +289,9 @@ def _gemm_backward(static, saved, g):
     if static.b_block == UNSCALED:
         db = product(UNSCALED, b.dtype, g, absent, a, absent, absent, transpose_a=True, transpose_b=True)
     else:
-        db = _frozen(b, g)
-    daccumulator = g if static.accumulate else _frozen(accumulator, g)
-    return da, _frozen(a_scales, g), db, _frozen(b_scales, g), daccumulator
+        db = frozen(b, g)
+    daccumulator = g if static.accumulate else frozen(accumulator, g)
+    return da, frozen(a_scales, g), db, frozen(b_scales, g), daccumulator
 
 
 _gemm.defvjp(_gemm_forward, _gemm_backward)
@@ -284,21 +349,36 @@ def _fold_gemm(size, arrays, is_batched, *, transpose_a, **params):
     return folded, params, lambda i, r: r.reshape(size, batch, *r.shape[1:])
 
 
-def _hopper_refuses_gemm(a, a_scales, b, *_, a_block, **__):
+def _hopper_refuses(a, a_scales, b, *_, a_block, b_block, transpose_a=False, transpose_b=False, **__):
     if a_block == UNSCALED:
         return "a and b must both be ScaledArrays"
-    for name, size in (("n", b.shape[1]), ("k", b.shape[2])):
-        if size % 16 != 0:
-            return f"{name} must be a multiple of 16, got {size}"
-    return ""
+    return _hopper_refuses_form(b, b_block, transpose_a, transpose_b)
 
 
-def _hopper_gemm_layouts(*, b_block, **_):
-    return (None, BY_COLUMN, None, BY_COLUMN if b_block == (1, 128) else None, None), (None,)
+def _hopper_refuses_form(b, b_block, transpose_a, transpose_b):
+    """The kernels read both operands along k; of b a transpose can be made, but for scales that lie along n."""
+    if transpose_a or (transpose_b and b_block == (1, 128)):
+        return "both operands must have k as their last axis"
+    return _not_multiples(n=b.shape[2 if transpose_b else 1], k=b.shape[1 if transpose_b else 2])
 
 
-def _hopper_gemm_operands(a, a_scales, b, b_scales, accumulator, **_):
-    return a, a_scales.astype(jnp.float32), b, b_scales.astype(jnp.float32), accumulator
+def _not_multiples(**sizes) -> str:
+    """Why the copy engine cannot work on rows of such sizes; empty if it can."""
+    odd = [f"{name} must be a multiple of 16, got {size}" for name, size in sizes.items() if size % 16 != 0]
+    return odd[0] if odd else ""
+
+
+def _hopper_layouts(*, a_block, b_block, **_):
+    # Not of empty arrays: XLA divides by zero where it compiles a change of their layout.
+    by_column = [BY_COLUMN if block == (1, 128) else None for block in (a_block, b_block)]
+    return (None, by_column[0], None, by_column[1], None), (None,)
+
+
+def _hopper_operands(a, a_scales, b, b_scales, last, *, transpose_b, **_):
+    """The blocks of a transposed b are those of b, transposed."""
+    if transpose_b:
+        b, b_scales = b.swapaxes(1, 2), b_scales.swapaxes(1, 2)
+    return a, a_scales.astype(jnp.float32), b, b_scales.astype(jnp.float32), last
 
 
 GEMM = _ffi.Op(
@@ -307,10 +387,10 @@ GEMM = _ffi.Op(
     reference.gemm,
     batch=_fold_gemm,
     hopper=_ffi.Kernel(
-        layouts=_hopper_gemm_layouts,
+        layouts=_hopper_layouts,
         attributes=("b_block", "accumulate"),
-        operands=_hopper_gemm_operands,
-        refuses=_hopper_refuses_gemm,
+        operands=_hopper_operands,
+        refuses=_hopper_refuses,
     ),
 )
 
@@ -331,6 +411,7 @@ def _call_grouped_gemm(static, a, a_scales, b, b_scales, group_sizes, *, transpo
         b_block=static.b_block,
         transpose_b=transpose_b,
         group_alignment=static.group_alignment,
+        group_stride=static.group_stride,
         out_dtype=static.out_dtype,
     )
     return out
@@ -350,19 +431,20 @@ def _grouped_gemm_forward(static, a, a_scales, b, b_scales, group_sizes):
 def _grouped_gemm_backward(static, saved, g):
     a, a_scales, b, b_scales, group_sizes = saved
     absent = _or_absent(None)
-    groups = {"group_alignment": static.group_alignment, "implementation": static.implementation}
-    back = _Static("grouped_gemm", UNSCALED, static.b_block, a.dtype.name, **groups)
+    back = _on_the_groups_of("grouped_gemm", static, b_block=static.b_block, out_dtype=a.dtype.name)
     da = _call_grouped_gemm(back, g[None], absent, b, b_scales, group_sizes, transpose_b=True)[None]
     if static.b_block == UNSCALED:
-        weights = _Static("k_grouped_gemm", **groups)
-        db = _call_k_grouped_gemm(weights, g, a[0], group_sizes, absent).astype(b.dtype)
+        weights = _on_the_groups_of("k_grouped_gemm", static)
+        no_scales = absent.reshape(0, 0)
+        db = _call_k_grouped_gemm(weights, g, no_scales, a[0], no_scales, group_sizes, absent).astype(b.dtype)
     else:
-        db = _frozen(b, g)
-    return da, _frozen(a_scales, g), db, _frozen(b_scales, g), _no_tangent(group_sizes)
+        db = frozen(b, g)
+    return da, frozen(a_scales, g), db, frozen(b_scales, g), no_tangent(group_sizes)
 
 
-def _no_tangent(x):
-    return np.zeros(x.shape, jax.dtypes.float0)
+def _on_the_groups_of(op: str, static: _Static, **kwargs) -> _Static:
+    same = {name: getattr(static, name) for name in ("group_alignment", "group_stride", "implementation")}
+    return _Static(op, **same, **kwargs)
 
 
 _grouped_gemm.defvjp(_grouped_gemm_forward, _grouped_gemm_backward)
@@ -372,57 +454,100 @@ def _grouped_gemm_results(a, a_scales, b, b_scales, group_sizes, *, transpose_b,
     return [((a.shape[1], b.shape[2 if transpose_b else 1]), out_dtype)]
 
 
-GROUPED_GEMM = _ffi.Op("grouped_gemm", _grouped_gemm_results, reference.grouped_gemm)
+def _hopper_refuses_grouped(a, a_scales, b, *_, a_block, b_block, transpose_b, **__):
+    if a_block == UNSCALED and not (b_block == UNSCALED and a.dtype == b.dtype == jnp.bfloat16):
+        return "a and b must be both ScaledArrays or both bfloat16"
+    return _hopper_refuses_form(b, b_block, False, transpose_b) or too_many_groups(b.shape[0], a.shape[1])
+
+
+# Groups follow one another, each start rounded up to group_alignment, where group_stride is 0; with a group_stride s
+# group i starts at row i * s and is cut at s rows.
+GROUPED_GEMM = _ffi.Op(
+    "grouped_gemm",
+    _grouped_gemm_results,
+    reference.grouped_gemm,
+    hopper=_ffi.Kernel(
+        layouts=_hopper_layouts,
+        attributes=("b_block", "group_alignment", "group_stride"),
+        operands=_hopper_operands,
+        refuses=_hopper_refuses_grouped,
+    ),
+)
 
 
 # ---- k_grouped_gemm ----
 
 
-def _call_k_grouped_gemm(static, a, b, group_sizes, accumulator):
+def _call_k_grouped_gemm(static, a, a_scales, b, b_scales, group_sizes, accumulator):
     (out,) = _ffi.call(
         K_GROUPED_GEMM,
         a,
+        a_scales,
         b,
+        b_scales,
         group_sizes,
         accumulator,
         implementation=static.implementation,
+        a_block=static.a_block,
+        b_block=static.b_block,
         group_alignment=static.group_alignment,
+        group_stride=static.group_stride,
         accumulate=static.accumulate,
     )
     return out
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _k_grouped_gemm(static, a, b, group_sizes, accumulator):
-    return _call_k_grouped_gemm(static, a, b, group_sizes, accumulator)
+def _k_grouped_gemm(static, a, a_scales, b, b_scales, group_sizes, accumulator):
+    return _call_k_grouped_gemm(static, a, a_scales, b, b_scales, group_sizes, accumulator)
 
 
-def _k_grouped_gemm_forward(static, a, b, group_sizes, accumulator):
-    return _k_grouped_gemm(static, a, b, group_sizes, accumulator), (a, b, group_sizes, accumulator)
+def _k_grouped_gemm_forward(static, *operands):
+    if static.a_block != UNSCALED:
+        _no_gradient(static)
+    return _k_grouped_gemm(static, *operands), operands
 
 
 def _k_grouped_gemm_backward(static, saved, g):
-    a, b, group_sizes, accumulator = saved
+    a, a_scales, b, b_scales, group_sizes, accumulator = saved
     absent = _or_absent(None)
 
     def rows(x, dtype, transpose_b):
-        back = _Static(
-            "grouped_gemm",
-            out_dtype=dtype.name,
-            group_alignment=static.group_alignment,
-            implementation=static.implementation,
-        )
+        back = _on_the_groups_of("grouped_gemm", static, out_dtype=dtype.name)
         return _call_grouped_gemm(back, x[None], absent, g, absent, group_sizes, transpose_b=transpose_b)
 
     da, db = rows(b, a.dtype, False), rows(a, b.dtype, True)
-    return da, db, _no_tangent(group_sizes), g if static.accumulate else _frozen(accumulator, g)
+    daccumulator = g if static.accumulate else frozen(accumulator, g)
+    return da, frozen(a_scales, g), db, frozen(b_scales, g), no_tangent(group_sizes), daccumulator
 
 
 _k_grouped_gemm.defvjp(_k_grouped_gemm_forward, _k_grouped_gemm_backward)
 
 
-def _k_grouped_gemm_results(a, b, group_sizes, accumulator, **_):
-    return [((group_sizes.shape[0], a.shape[1], b.shape[1]), jnp.float32)]
+def _k_grouped_gemm_results(a, a_scales, b, b_scales, group_sizes, accumulator, *, a_block, **_):
+    rows = 1 if a_block == UNSCALED else 0
+    return [((group_sizes.shape[0], a.shape[rows], b.shape[rows]), jnp.float32)]
 
 
-K_GROUPED_GEMM = _ffi.Op("k_grouped_gemm", _k_grouped_gemm_results, reference.k_grouped_gemm)
+def _hopper_refuses_k_grouped(a, a_scales, b, b_scales, group_sizes, *_, a_block, **__):
+    if a_block == UNSCALED:
+        return "a and b must both be ScaledArrays"
+    return _not_multiples(n=b.shape[0], t=b.shape[1]) or too_many_groups(group_sizes.shape[0], b.shape[1])
+
+
+def _hopper_k_grouped_operands(a, a_scales, b, b_scales, *rest, **_):
+    return a, a_scales.astype(jnp.float32), b, b_scales.astype(jnp.float32), *rest
+
+
+# a [t, m] and b [t, n]; with scales a [m, t] and b [n, t]. Groups of t as in GROUPED_GEMM.
+K_GROUPED_GEMM = _ffi.Op(
+    "k_grouped_gemm",
+    _k_grouped_gemm_results,
+    reference.k_grouped_gemm,
+    hopper=_ffi.Kernel(
+        layouts=lambda **_: ((None, (1, 0), None, (1, 0), None, None), (None,)),
+        attributes=("group_alignment", "group_stride", "accumulate"),
+        operands=_hopper_k_grouped_operands,
+        refuses=_hopper_refuses_k_grouped,
+    ),
+)

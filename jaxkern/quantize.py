@@ -1,19 +1,22 @@
-"""Block-scaled FP8: `ScaledArray`, `quantize`, `dequantize`."""
+"""Block-scaled FP8: `ScaledArray`, `quantize`, `quantize_along_tokens`, `swiglu_quantize`, `dequantize`."""
 
 import functools
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxkern import _ffi, reference
-from jaxkern._check import Sizes, as_array, describe
+from jaxkern._check import INT32, Sizes, as_array, describe
 
 BLOCK_SHAPES = ((1, 128), (128, 128))
-SCALE_FORMATS = ("float32", "power_of_two", "ue8m0")
+MOST_GROUPS, MOST_GROUPED = 1024, 2**26 - 1  # what the Hopper kernels hold: groups, and rows of all of them
 BY_COLUMN = (0, 2, 1)  # major to minor: how the scales of (1, 128) blocks lie in a GPU's memory, m contiguous
+ScaleFormat = Literal["float32", "power_of_two", "ue8m0"]
+SCALE_FORMATS = get_args(ScaleFormat)
+TOKEN_BLOCK = 128  # tokens that share a scale in `quantize_along_tokens`, and the alignment of its groups
 _INPUTS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -53,7 +56,7 @@ def quantize(
     x: jax.Array,
     block_shape: tuple[int, int] = (1, 128),
     *,
-    scale_format: Literal["float32", "power_of_two", "ue8m0"] = "float32",
+    scale_format: ScaleFormat = "float32",
     implementation: str | None = None,
 ) -> ScaledArray:
     """Quantises to FP8 with one scale a block.
@@ -70,7 +73,7 @@ def quantize(
     """
     x = as_array(x)
     sizes = Sizes("quantize")
-    sizes.require(scale_format in SCALE_FORMATS, f"scale_format must be one of {SCALE_FORMATS}, got {scale_format!r}")
+    check_scale_format(sizes, scale_format)
     _check_block_shape(sizes, block_shape)
     sizes.require(x.ndim >= 2, f"x must be [..., m, k], got {describe(x)}")
     *batch, m, k = x.shape
@@ -79,6 +82,99 @@ def quantize(
         QUANTIZE, x3, implementation=implementation, block_shape=tuple(block_shape), scale_format=scale_format
     )
     return ScaledArray(values.reshape(x.shape), scales.reshape(*batch, *scales.shape[1:]), block_shape)
+
+
+def quantize_along_tokens(
+    x: jax.Array,
+    group_sizes: jax.Array | None = None,
+    *,
+    group_alignment: int = 1,
+    scale_format: ScaleFormat = "float32",
+    implementation: str | None = None,
+) -> ScaledArray:
+    """Transposes x and quantises it in blocks of 128 tokens: an operand of a weight gradient, `k_grouped_gemm`.
+
+    Shapes and dtypes: x float32, bfloat16 or float16 [t, m], group_sizes int32 [g], None for one group of all t ->
+        values [m, T], scales [m, T / 128]; T is t rounded up to a multiple of 128, plus 128 * (g - 1) unless
+        group_alignment is a multiple of 128.
+    Units: scales and values as in `quantize`. The groups of x are laid out as in `grouped_gemm`, with group_alignment;
+        those of the result start at multiples of 128, so that no two share a block: what `k_grouped_gemm` takes with
+        the same group_sizes and group_alignment=128. Tokens in no group do not appear. What is left of the result is
+        blocks of zeros, and zeros that end a group's last block.
+    Sharding: shard_map, along m, or with the groups' rows.
+    Gradient: none.
+    Implementations: cpu, xla; cuda and sim for at most 1024 groups and 2^26 - 1 tokens.
+    Errors: TypeError for another dtype, ValueError for shapes, a group_alignment below 1, or an unknown scale format.
+    Source: DeepSeek-V3 report, section 3.3.2: activations are requantised along tokens for the weight gradient.
+    """
+    sizes = Sizes("quantize_along_tokens")
+    check_scale_format(sizes, scale_format)
+    x = sizes.check("x", x, _INPUTS, "t m")
+    everything = jnp.full(1, np.iinfo(np.int32).max, jnp.int32)  # cut to the t that there are
+    group_sizes = everything if group_sizes is None else sizes.check("group_sizes", group_sizes, INT32, "g")
+    sizes.require_size("group_alignment", group_alignment)
+    tokens = blocks_of(sizes["t"], TOKEN_BLOCK) * TOKEN_BLOCK
+    if group_alignment % TOKEN_BLOCK != 0:
+        tokens += TOKEN_BLOCK * max(group_sizes.shape[0] - 1, 0)
+    values, scales = _ffi.call(
+        QUANTIZE_ALONG_TOKENS,
+        x,
+        group_sizes,
+        implementation=implementation,
+        group_alignment=group_alignment,
+        scale_format=scale_format,
+        tokens=tokens,
+    )
+    return ScaledArray(values, scales)
+
+
+def swiglu_quantize(
+    gate_up: jax.Array | tuple[jax.Array, jax.Array],
+    weights: jax.Array | None = None,
+    *,
+    scale_format: ScaleFormat = "float32",
+    implementation: str | None = None,
+) -> ScaledArray:
+    """silu(gate) * up * weights, quantised: what lies between the two products of an expert.
+
+    Shapes and dtypes: gate_up float32, bfloat16 or float16 [..., m, 2i], the gate first, or a pair (gate, up) of
+        [..., m, i]; weights float32 [..., m], or None for ones -> ScaledArray [..., m, i] with blocks (1, 128).
+    Units: silu(x) = x / (1 + exp(-x)); products in float32, within 1e-6 of the exact one, and one rounding, to e4m3, as
+        in `quantize`: a block in which a product is NaN or infinite becomes NaN.
+    Sharding: shard_map, along m and the axes before it; along i a pair, where that does not cut a block.
+    Gradient: none.
+    Implementations: cpu, xla, cuda, sim.
+    Errors: TypeError for another dtype, ValueError for shapes, an odd 2i, or an unknown scale format.
+    Source: DeepSeek-V3 report, sections 2.1.2 and 3.3.2; DeepGEMM, the activation between its two expert products.
+    """
+    sizes = Sizes("swiglu_quantize")
+    check_scale_format(sizes, scale_format)
+    paired = isinstance(gate_up, (tuple, list))
+    sizes.require(not paired or len(gate_up) == 2, "gate_up must be one array or a pair (gate, up)")
+    gate = as_array(gate_up[0] if paired else gate_up)
+    sizes.require(gate.ndim >= 2, f"gate_up must be [..., m, {'i' if paired else '2i'}], got {describe(gate)}")
+    *batch, m, width = gate.shape
+    names = [f"b{axis}" for axis in range(len(batch))] + ["m"]
+    gate = sizes.check("gate_up", gate, _INPUTS, " ".join([*names, "i" if paired else "2i"]))
+    sizes.require(paired or width % 2 == 0, f"gate_up must have an even last axis, got {describe(gate)}")
+    rows = math.prod(batch), m
+    up = jnp.zeros((rows[0], 0, 0), gate.dtype)
+    if paired:
+        up = sizes.check("gate_up[1]", gate_up[1], (gate.dtype,), " ".join([*names, "i"])).reshape(*rows, width)
+    weighted = weights is not None
+    weights = sizes.check("weights", weights, (jnp.float32,), " ".join(names)) if weighted else None
+    weights = weights.reshape(rows) if weighted else jnp.zeros((rows[0], 0))
+    values, scales = _ffi.call(
+        SWIGLU_QUANTIZE,
+        gate.reshape(*rows, width),
+        up,
+        weights,
+        implementation=implementation,
+        paired=paired,
+        weighted=weighted,
+        scale_format=scale_format,
+    )
+    return ScaledArray(*[x.reshape(*batch, *x.shape[1:]) for x in (values, scales)])
 
 
 def dequantize(a: ScaledArray, dtype=jnp.float32, *, implementation: str | None = None) -> jax.Array:
@@ -122,8 +218,21 @@ def check_scaled(sizes: Sizes, argument: str, values, scales, block_shape, dims:
     return values, sizes.check(f"{argument}.scales", scales, (jnp.float32, jnp.float8_e8m0fnu), dims)
 
 
+def too_many_groups(groups, rows) -> str:
+    """Why a Hopper kernel cannot take these groups; empty if it can, or if only the handler will see their sizes."""
+    if isinstance(groups, int) and groups > MOST_GROUPS:
+        return f"there must be at most {MOST_GROUPS} groups, got {groups}"
+    if isinstance(rows, int) and rows > MOST_GROUPED:
+        return f"groups must be of at most {MOST_GROUPED} rows together, got {rows}"
+    return ""
+
+
 def blocks_of(size, block: int):
     return -(-size // block)
+
+
+def check_scale_format(sizes: Sizes, scale_format):
+    sizes.require(scale_format in SCALE_FORMATS, f"scale_format must be one of {SCALE_FORMATS}, got {scale_format!r}")
 
 
 def _check_block_shape(sizes: Sizes, block_shape):
@@ -131,11 +240,17 @@ def _check_block_shape(sizes: Sizes, block_shape):
     sizes.require(allowed, f"block_shape must be one of {BLOCK_SHAPES}, got {tuple(block_shape)}")
 
 
-def _quantize_results(x, *, block_shape, scale_format):
-    b, m, k = x.shape
+def _scaled(*shape, block_shape, scale_format):
+    """Shapes and dtypes of values and scales."""
+    *batch, m, k = shape
     scale_dtype = jnp.float8_e8m0fnu if scale_format == "ue8m0" else jnp.float32
-    scales = (b, blocks_of(m, block_shape[0]), blocks_of(k, block_shape[1]))
-    return [(x.shape, jnp.float8_e4m3fn), (scales, scale_dtype)]
+    scales = (*batch, blocks_of(m, block_shape[0]), blocks_of(k, block_shape[1]))
+    return [(shape, jnp.float8_e4m3fn), (scales, scale_dtype)]
+
+
+def _swiglu_quantize_results(gate, up, weights, *, paired, scale_format, **_):
+    b, m, width = gate.shape
+    return _scaled(b, m, width if paired else width // 2, block_shape=(1, 128), scale_format=scale_format)
 
 
 def _fold_batch(size, arrays, is_batched, **params):
@@ -152,7 +267,7 @@ def _hopper_quantize_layouts(*, block_shape, **_):
 
 QUANTIZE = _ffi.Op(
     "quantize",
-    _quantize_results,
+    lambda x, **params: _scaled(*x.shape, **params),
     reference.quantize,
     batch=_fold_batch,
     hopper=_ffi.Kernel(layouts=_hopper_quantize_layouts, attributes=("block_shape", "scale_format")),
@@ -162,4 +277,28 @@ DEQUANTIZE = _ffi.Op(
     lambda values, scales, *, block_shape, dtype: [(values.shape, dtype)],
     reference.dequantize,
     batch=_fold_batch,
+)
+QUANTIZE_ALONG_TOKENS = _ffi.Op(
+    "quantize_along_tokens",
+    lambda x, group_sizes, *, tokens, scale_format, **_: _scaled(
+        x.shape[1], tokens, block_shape=(1, TOKEN_BLOCK), scale_format=scale_format
+    ),
+    reference.quantize_along_tokens,
+    sizes=("tokens",),
+    hopper=_ffi.Kernel(
+        layouts=lambda **_: ((None, None), (None, (1, 0))),
+        attributes=("group_alignment", "scale_format"),
+        refuses=lambda x, group_sizes, **_: too_many_groups(group_sizes.shape[0], x.shape[0]),
+    ),
+)
+# gate [b, m, i] and up [b, m, i] if `paired`, or [b, m, 2i] and [b, 0, 0]; weights [b, m] if `weighted`, or [b, 0].
+SWIGLU_QUANTIZE = _ffi.Op(
+    "swiglu_quantize",
+    _swiglu_quantize_results,
+    reference.swiglu_quantize,
+    batch=_fold_batch,
+    hopper=_ffi.Kernel(
+        layouts=lambda **_: ((None, None, None), (None, BY_COLUMN)),
+        attributes=("paired", "weighted", "scale_format"),
+    ),
 )

@@ -30,9 +30,11 @@ class Case:
     arrays: argument name -> example operand. The first axis of a sharded operand divides by 4.
     specs, out_specs: how shard_map may split the operands and results over one mesh axis "x".
     grad: the operands that the op is differentiable in.
+    smooth: whether its slope shows that gradient; not where the op itself rounds its operands.
     symbolic: how jax.export may name the operands' dimensions, e.g. "b, 8".
     mismatch: (argument, axis) whose size, changed alone, must be refused.
     primitive: what the jaxpr must hold; None for an op in plain JAX.
+    hopper_parts: where the op is made of others, those that a Hopper GPU runs through kernels, in order.
     exact: bit for bit equal to the reference.
     sharded_call: what to run inside shard_map, where that differs from `call`: an op that exchanges between devices.
     unsharded_call: what the shards' results joined must equal, where that is not `call` on the whole operands.
@@ -46,9 +48,11 @@ class Case:
     specs: tuple
     out_specs: object
     grad: tuple[str, ...] = ()
+    smooth: bool = True
     symbolic: tuple[str, ...] = ()
     mismatch: tuple[tuple[str, int], ...] = ()
     primitive: str | None = None
+    hopper_parts: tuple[str, ...] = ()
     exact: bool = False
     rtol: float = 1e-5
     sharded_call: Callable | None = None
@@ -109,10 +113,15 @@ def _dispatch(x, expert_ids, weights, axis_name=None, **kwargs):
     return received, handle.group_sizes, handle.dropped
 
 
-def _dispatch_in_parts(*arrays):
-    """Without an axis every device keeps its tokens to itself."""
-    parts = [_dispatch(*part) for part in zip(*[jnp.split(x, 4) for x in arrays], strict=True)]
-    return jax.tree.map(lambda *r: jnp.concatenate(r), *parts)
+def _in_parts(call, *axes, out_axis=0):
+    """`call` on each device's part by itself: operands split along their axes, whole where that is None."""
+
+    def in_parts(*arrays):
+        split = [[x] * 4 if axis is None else jnp.split(x, 4, axis) for x, axis in zip(arrays, axes, strict=True)]
+        parts = [call(*part) for part in zip(*split, strict=True)]
+        return jax.tree.map(lambda *r: jnp.concatenate(r, out_axis), *parts)
+
+    return in_parts
 
 
 def _combine(x, expert_ids, weights, axis_name=None, **kwargs):
@@ -135,6 +144,39 @@ def _grouped_gemm_fp8(a, a_scales, b, b_scales, group_sizes, **kwargs):
     return jaxkern.grouped_gemm(a, b, group_sizes, out_dtype=jnp.float32, **kwargs)
 
 
+def _grouped_gemm_bf16(a, b, group_sizes, **kwargs):
+    return jaxkern.grouped_gemm(a, b, group_sizes, out_dtype=jnp.float32, **kwargs)
+
+
+def _masked_grouped_gemm_fp8(a, a_scales, b, b_scales, group_sizes, **kwargs):
+    a, b = jaxkern.ScaledArray(a, a_scales), jaxkern.ScaledArray(b, b_scales, (128, 128))
+    return jaxkern.masked_grouped_gemm(a, b, group_sizes, out_dtype=jnp.float32, **kwargs)
+
+
+def _k_grouped_gemm_fp8(a, a_scales, b, b_scales, group_sizes, **kwargs):
+    a, b = jaxkern.ScaledArray(a, a_scales), jaxkern.ScaledArray(b, b_scales)
+    return jaxkern.k_grouped_gemm(a, b, group_sizes, group_alignment=128, **kwargs)
+
+
+def _quantize_along_tokens(x, group_sizes, **kwargs):
+    a = jaxkern.quantize_along_tokens(x, group_sizes, **kwargs)
+    return a.values, a.scales
+
+
+def _swiglu_quantize(gate_up, weights, **kwargs):
+    a = jaxkern.swiglu_quantize(gate_up, weights, **kwargs)
+    return a.values, a.scales
+
+
+def _swiglu_quantize_pair(gate, up, **kwargs):
+    a = jaxkern.swiglu_quantize((gate, up), scale_format="ue8m0", **kwargs)
+    return a.values, a.scales
+
+
+def _fp8_linear_frozen(x, w, w_scales, **kwargs):
+    return jaxkern.fp8_linear(x, jaxkern.ScaledArray(w, w_scales, (128, 128)), **kwargs)
+
+
 def _mla_decode(q, cache, block_table, seq_lens, **kwargs):
     return jaxkern.mla_decode(q, cache, block_table, seq_lens, softmax_scale=0.2, latent_dim=32, **kwargs)
 
@@ -147,6 +189,7 @@ _VALUES, _SCALES = _fp8(8, 208, block_shape=(1, 128))
 _WEIGHT, _WEIGHT_SCALES = _fp8(48, 208, block_shape=(128, 128), seed=1)
 _EXPERTS, _EXPERT_SCALES = _fp8(5, 48, 208, block_shape=(128, 128), seed=2)
 _SIZES = np.array([2, 0, 3, 1, 1], np.int32)
+_ALONG_TOKENS, _TOKEN_SCALES = _fp8(16, 384, block_shape=(1, 128), seed=3)
 _FP8_A = {"a.values": _VALUES, "a.scales": _SCALES}
 _MOE = {"x": normal(16, 24), "expert_ids": integers(-1, 8, 16, 3), "weights": normal(16, 3)}
 
@@ -241,6 +284,21 @@ CASES = [
         variant="fp8",
     ),
     Case(
+        "grouped_gemm",
+        _grouped_gemm_bf16,
+        {
+            "a": normal(8, 80, dtype=jnp.bfloat16),
+            "b": normal(5, 64, 80, dtype=jnp.bfloat16),
+            "group_sizes": _SIZES,
+        },
+        specs=(ALL, P(None, "x"), ALL),
+        out_specs=P(None, "x"),
+        symbolic=("m, 80", "5, 64, 80", "5"),
+        mismatch=(("b", 2), ("group_sizes", 0)),
+        primitive="jaxkern_grouped_gemm",
+        variant="bf16",
+    ),
+    Case(
         "k_grouped_gemm",
         jaxkern.k_grouped_gemm,
         {"a": normal(8, 20), "b": normal(8, 24), "group_sizes": _SIZES},
@@ -250,6 +308,126 @@ CASES = [
         symbolic=("t, 20", "t, 24", "5"),
         mismatch=(("b", 0),),
         primitive="jaxkern_k_grouped_gemm",
+    ),
+    Case(
+        "k_grouped_gemm",
+        _k_grouped_gemm_fp8,
+        {
+            "a.values": _ALONG_TOKENS[:8],
+            "a.scales": _TOKEN_SCALES[:8],
+            "b.values": _ALONG_TOKENS,
+            "b.scales": _TOKEN_SCALES,
+            "group_sizes": np.array([100, 0, 130], np.int32),
+        },
+        specs=(ROWS, ROWS, ALL, ALL, ALL),
+        out_specs=P(None, "x"),
+        symbolic=("m, 384", "m, 3", "16, 384", "16, 3", "3"),
+        mismatch=(("b.values", 1), ("a.scales", 1)),
+        primitive="jaxkern_k_grouped_gemm",
+        variant="fp8",
+    ),
+    Case(
+        "masked_grouped_gemm",
+        jaxkern.masked_grouped_gemm,
+        {"a": normal(4, 6, 60), "b": normal(4, 24, 60), "group_sizes": np.array([2, 0, 9, 3], np.int32)},
+        specs=(ROWS, ROWS, ROWS),
+        out_specs=ROWS,
+        grad=("a", "b"),
+        symbolic=("g, 6, 60", "g, 24, 60", "g"),
+        mismatch=(("b", 0), ("b", 2), ("group_sizes", 0)),
+        primitive="jaxkern_grouped_gemm",
+    ),
+    Case(
+        "masked_grouped_gemm",
+        _masked_grouped_gemm_fp8,
+        {
+            "a.values": _VALUES.reshape(4, 2, 208),
+            "a.scales": _SCALES.reshape(4, 2, 2),
+            "b.values": _EXPERTS[:4],
+            "b.scales": _EXPERT_SCALES[:4],
+            "group_sizes": np.array([2, 0, 1, -1], np.int32),
+        },
+        specs=(ROWS, ROWS, ROWS, ROWS, ROWS),
+        out_specs=ROWS,
+        symbolic=("g, 2, 208", "g, 2, 2", "g, 48, 208", "g, 1, 2", "g"),
+        mismatch=(("a.values", 1), ("b.scales", 0)),
+        primitive="jaxkern_grouped_gemm",
+        variant="fp8",
+    ),
+    Case(
+        "quantize_along_tokens",
+        _quantize_along_tokens,
+        {"x": normal(200, 8, dtype=jnp.bfloat16), "group_sizes": np.array([30, 0, 150], np.int32)},
+        specs=(P(None, "x"), ALL),
+        out_specs=(ROWS, ROWS),
+        symbolic=("t, 8", "3"),
+        primitive="jaxkern_quantize_along_tokens",
+        exact=True,
+    ),
+    Case(
+        "swiglu_quantize",
+        _swiglu_quantize,
+        {"gate_up": normal(8, 300, dtype=jnp.bfloat16), "weights": normal(8)},
+        specs=(ROWS, ROWS),
+        out_specs=(ROWS, ROWS),
+        symbolic=("m, 300", "m"),
+        mismatch=(("weights", 0),),
+        primitive="jaxkern_swiglu_quantize",
+        rtol=0.07,  # one e4m3 step, as the last bit of an exp may make it
+    ),
+    Case(
+        "swiglu_quantize",
+        _swiglu_quantize_pair,
+        {"gate_up.gate": normal(8, 150), "gate_up.up": normal(8, 150, seed=1)},
+        specs=(ROWS, ROWS),
+        out_specs=(ROWS, ROWS),
+        symbolic=("m, 150", "m, 150"),
+        mismatch=(("gate_up.up", 0), ("gate_up.up", 1)),
+        primitive="jaxkern_swiglu_quantize",
+        variant="pair",
+        rtol=0.07,
+    ),
+    Case(
+        "fp8_linear",
+        jaxkern.fp8_linear,
+        {"x": normal(8, 208), "w": normal(48, 208)},
+        specs=(ROWS, ALL),
+        out_specs=ROWS,
+        unsharded_call=_in_parts(jaxkern.fp8_linear, 0, None),  # each device's tokens are blocks of their own
+        grad=("x", "w"),
+        smooth=False,
+        symbolic=("m, 208", "48, 208"),
+        mismatch=(("w", 1),),
+        primitive="jaxkern_gemm",
+        hopper_parts=("quantize", "quantize", "gemm"),
+    ),
+    Case(
+        "fp8_linear",
+        _fp8_linear_frozen,
+        {"x": normal(8, 208), "w.values": _WEIGHT, "w.scales": _WEIGHT_SCALES},
+        specs=(ROWS, ALL, ALL),
+        out_specs=ROWS,
+        grad=("x",),
+        smooth=False,
+        symbolic=("m, 208", "48, 208", "1, 2"),
+        mismatch=(("w.values", 1), ("w.scales", 1)),
+        primitive="jaxkern_gemm",
+        hopper_parts=("quantize", "gemm"),
+        variant="frozen",
+    ),
+    Case(
+        "fp8_grouped_linear",
+        jaxkern.fp8_grouped_linear,
+        {"x": normal(8, 208), "w": normal(5, 64, 208), "group_sizes": _SIZES},
+        specs=(ALL, P(None, "x"), ALL),
+        out_specs=P(None, "x"),
+        unsharded_call=_in_parts(jaxkern.fp8_grouped_linear, None, 1, None, out_axis=1),  # n is cut inside a block
+        grad=("x", "w"),
+        smooth=False,
+        symbolic=("m, 208", "5, 64, 208", "5"),
+        mismatch=(("w", 2), ("group_sizes", 0)),
+        primitive="jaxkern_grouped_gemm",
+        hopper_parts=("quantize", "quantize", "grouped_gemm"),
     ),
     Case(
         "mla_decode",
@@ -287,7 +465,7 @@ CASES = [
         _MOE,
         specs=(ROWS, ROWS, ROWS),
         out_specs=(ROWS, ROWS, ROWS),
-        unsharded_call=_dispatch_in_parts,
+        unsharded_call=_in_parts(_dispatch, 0, 0, 0),  # without an axis every device keeps its tokens to itself
         grad=("x",),
         symbolic=("t, 24", "t, 3", "t, 3"),
         mismatch=(("expert_ids", 0), ("weights", 1)),
@@ -309,7 +487,12 @@ CASES = [
 
 # The calls that have a Hopper kernel, again through it. A GPU's tensor cores keep 13 bits of a sum, and XLA's division
 # there, the reference's, is not correctly rounded: one e4m3 step.
-HOPPER = [case for case in CASES if case.id in ("quantize", "gemm-fp8")]
+HOPPER = [
+    case
+    for case in CASES
+    if case.name in ("quantize", "quantize_along_tokens", "swiglu_quantize", "fp8_linear", "fp8_grouped_linear")
+    or case.id in ("gemm-fp8", "grouped_gemm-fp8", "grouped_gemm-bf16", "masked_grouped_gemm-fp8", "k_grouped_gemm-fp8")
+]
 CASES += [
     dataclasses.replace(
         case,

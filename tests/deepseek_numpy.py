@@ -3,7 +3,8 @@
 import numpy as np
 
 
-def logits(config: dict, tensors: dict[str, np.ndarray], input_ids: np.ndarray) -> np.ndarray:
+def logits(config: dict, tensors: dict[str, np.ndarray], input_ids: np.ndarray, rounded=lambda x: x) -> np.ndarray:
+    """rounded: what FP8 makes of the activations [t, k] that a linear layer multiplies."""
     t = {name: x.astype(np.float64) for name, x in tensors.items()}
     heads, nope, rope = config["num_attention_heads"], config["qk_nope_head_dim"], config["qk_rope_head_dim"]
     v_dim, rank, eps = config["v_head_dim"], config["kv_lora_rank"], config["rms_norm_eps"]
@@ -16,7 +17,7 @@ def logits(config: dict, tensors: dict[str, np.ndarray], input_ids: np.ndarray) 
             prefix = f"model.layers.{layer}."
 
             def linear(name, x, prefix=prefix):
-                return x @ t[f"{prefix}{name}.weight"].T + t.get(f"{prefix}{name}.bias", 0.0)
+                return rounded(x) @ t[f"{prefix}{name}.weight"].T + t.get(f"{prefix}{name}.bias", 0.0)
 
             h = _norm(x, t[prefix + "input_layernorm.weight"], eps)
             if config["q_lora_rank"] is None:
@@ -48,7 +49,7 @@ def logits(config: dict, tensors: dict[str, np.ndarray], input_ids: np.ndarray) 
             y = mlp("mlp.shared_experts", h) if config["n_shared_experts"] else np.zeros_like(h)
             for token in range(s):
                 for expert, weight in _route(config, t, prefix, h[token]):
-                    y[token] += weight * mlp(f"mlp.experts.{expert}", h[token])
+                    y[token] += weight * mlp(f"mlp.experts.{expert}", h[token : token + 1])[0]
             x = x + y
         x = _norm(x, t["model.norm.weight"], eps)
         out.append(x @ t.get("lm_head.weight", t["model.embed_tokens.weight"]).T)

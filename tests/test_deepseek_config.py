@@ -93,8 +93,13 @@ def test_deepseek_v32_is_refused():
 def test_fp8_formats():
     fp8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
     assert read(quantization_config=fp8).quantized
-    assert read(quantization_config=fp8 | {"scale_fmt": "ue8m0"}).quantized
-    assert Config.from_dict(read(quantization_config=fp8).to_hf()).quantized
+    assert read(quantization_config=fp8).scale_format == "float32"
+    rounded = read(quantization_config=fp8 | {"scale_fmt": "ue8m0"})
+    assert rounded.quantized and rounded.scale_format == "ue8m0"
+    for config in (read(quantization_config=fp8), rounded):
+        assert Config.from_dict(dataclasses.replace(config, source=None).to_hf()) == config
+    with pytest.raises(ValueError, match="scale_format"):
+        dataclasses.replace(rounded, scale_format="e8m0")
 
 
 def test_written_config():

@@ -30,6 +30,7 @@ def test_golden_tokens(case, implementation, devices):
     on = {None: None, 1: mesh(1), 4: mesh(4, AxisType.Explicit, (2, 2), ("hosts", "devices"))}[devices]
     model = deepseek.from_pretrained(GOLDEN / case, dtype=jnp.float32, mesh=on)
     model.implementation = implementation
+    model.fp8 = False  # the golden tokens of v3-fp8 are of plain activations
     mask = want["attention_mask"]
     mask = mask if (mask == 0).any() else None
     got = deepseek.generate(model, want["input_ids"], max_new_tokens=12, attention_mask=mask)

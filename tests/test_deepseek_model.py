@@ -23,6 +23,7 @@ def test_golden_logits(case, implementation):
     want = expected(case)
     model = deepseek.from_pretrained(GOLDEN / case, dtype=jnp.float32)
     model.implementation = implementation
+    model.fp8 = False  # the golden outputs of v3-fp8 are of plain activations
     mask = want["attention_mask"]
     logits = model(want["input_ids"], mask if (mask == 0).any() else None)
     real = mask.astype(bool)

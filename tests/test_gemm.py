@@ -1,11 +1,13 @@
-"""gemm, grouped_gemm and k_grouped_gemm against exact products in float64."""
+"""gemm and its grouped, masked and k-grouped forms against exact products in float64."""
 
 import functools
 import hashlib
+import json
 import os
 import re
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +20,17 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 import jaxkern
-from jaxkern import ScaledArray, dequantize, gemm, grouped_gemm, k_grouped_gemm, quantize
+from jaxkern import (
+    ScaledArray,
+    dequantize,
+    fp8_grouped_linear,
+    gemm,
+    grouped_gemm,
+    k_grouped_gemm,
+    masked_grouped_gemm,
+    quantize,
+    quantize_along_tokens,
+)
 
 KINDS = ("f32", "bf16", "f32 x fp8", "bf16 x fp8", "f32 x fp8 rows", "fp8 x fp8", "fp8 x fp8 rows", "fp8 x fp8 ue8m0")
 few = settings(max_examples=20, deadline=None, derandomize=True)
@@ -64,6 +76,12 @@ def assert_close(got, want, magnitude, sums=1e-5):
 def check_gemm(a, b, got, accumulator=0.0, sums=1e-5):
     a, b = exact(a), exact(b)
     assert_close(got, a @ b.T + accumulator, np.abs(a) @ np.abs(b).T + np.abs(accumulator), sums)
+
+
+def calc_diff(x, y):
+    """DeepGEMM's measure: 0 where they agree."""
+    x, y = exact(x), exact(y)
+    return 1 - 2 * (x * y).sum() / ((x * x).sum() + (y * y).sum())
 
 
 # ---- gemm ----
@@ -123,8 +141,7 @@ def test_zero_sizes(kind, implementation, m, n, k):
 @pytest.mark.parametrize("m", [4, 64])
 def test_close_to_the_unquantised_product(kind, m):
     a, b = normal(m, 1024), normal(200, 1024, seed=1)
-    x, y = exact(gemm(*operands(kind, a, b))), exact(a) @ exact(b).T
-    assert 1 - 2 * (x * y).sum() / ((x * x).sum() + (y * y).sum()) < 1e-3
+    assert calc_diff(gemm(*operands(kind, a, b)), exact(a) @ exact(b).T) < 1e-3
 
 
 @pytest.mark.parametrize("m", [1, 16])
@@ -198,12 +215,6 @@ HOPPER_KINDS = [  # operands, result, with an accumulator
 ]
 
 
-@pytest.fixture
-def simulator():
-    yield jaxkern._ffi.SIM
-    jaxkern._ffi.SIM.configure()
-
-
 def hopper(kind, out_dtype, accumulate, m, n, k):
     a, b, accumulator = hopper_operands(kind, out_dtype, accumulate, m, n, k)
     return np.asarray(gemm(a, b, accumulator=accumulator, out_dtype=out_dtype, implementation=HOPPER_IMPLEMENTATION))
@@ -246,6 +257,20 @@ def test_hopper_in_any_order(kind, out_dtype, accumulate, n, k, m, simulator):
 def test_hopper_with_partial_blocks(kind, out_dtype, accumulate):
     for m, n, k in [(65, 208, 272), (3, 16, 16)]:
         check_hopper(kind, out_dtype, accumulate, m, n, k)
+
+
+@pytest.mark.skipif(HOPPER_IMPLEMENTATION != "sim", reason="a GPU does not count")
+def test_what_the_simulator_counts_of_a_hopper_gemm(simulator):
+    """One tile, 2 x 128 of k: four instructions of k 32 for each, by each of four warps; every byte once at least."""
+    m, n, k = 16, 64, 256
+    simulator.clear_statistics()
+    check_hopper("fp8 x fp8", jnp.float32, False, m, n, k)
+    (counts,) = json.loads(simulator.statistics())["kernels"].values()
+    assert counts["wgmma"] == k // 32 * 4
+    scales = m * 2 * 4 + 16  # those of b are 8 bytes; the simulator counts whole 16s
+    assert counts["least_bytes"] == m * k + n * k + scales + m * n * 4
+    assert counts["least_bytes"] <= counts["moved_bytes"] < 1.2 * counts["least_bytes"]
+    assert 0 < counts["tensor_busy"] < 1 and 0 < counts["idle"]["warpgroup 0"] < 1
 
 
 def test_hopper_on_every_fp8_code():
@@ -347,6 +372,102 @@ def test_k_grouped_gemm(dtypes, accumulate, sizes, alignment, implementation):
         assert_close(out[group], x @ y + start, np.abs(x) @ np.abs(y) + np.abs(start))
 
 
+masked_sizes = st.lists(st.sampled_from([0, 0, 1, 7, 129, 130, 131, -5, 2**31 - 1, -(2**31)]), min_size=4, max_size=4)
+
+
+@few
+@given(
+    kind=st.sampled_from(KINDS),
+    m=st.sampled_from([0, 1, 7, 130]),
+    sizes=masked_sizes,
+    implementation=st.sampled_from([None, None, "xla"]),
+)
+def test_masked_grouped_gemm(kind, m, sizes, implementation):
+    n, k = 130, 200
+    a, b = operands(kind, normal(4, m, k), normal(4, n, k, seed=1))
+    counts = np.arange(m) < np.clip(sizes, 0, m)[:, None]
+    if isinstance(a, ScaledArray):  # whatever does not count must not matter
+        a = ScaledArray(a.values, jnp.where(counts[..., None], a.scales, jnp.nan), a.block_shape)
+    else:
+        a = jnp.where(counts[..., None], a, jnp.nan)
+    sizes = jnp.asarray(sizes, jnp.int32)
+    out = masked_grouped_gemm(a, b, sizes, out_dtype=jnp.float32, implementation=implementation)
+    assert out.shape == (4, m, n) and not np.asarray(out)[~counts].any()
+    out, a, b = np.asarray(out), exact(a), exact(b)
+    for group, rows in enumerate(counts):
+        x = a[group][rows]
+        assert_close(out[group][rows], x @ b[group].T, np.abs(x) @ np.abs(b[group]).T)
+
+
+@few
+@given(
+    sizes=st.lists(st.sampled_from([0, 0, 1, 7, 128, 130, 200, 600, -5, 2**31 - 1, -(2**31)]), min_size=4, max_size=4),
+    alignment=st.sampled_from([128, 256]),
+    t=st.sampled_from([0, 100, 600, 640]),
+    scale_format=st.sampled_from(["float32", "power_of_two", "ue8m0"]),
+    accumulate=st.booleans(),
+    implementation=st.sampled_from([None, None, "xla"]),
+)
+def test_k_grouped_gemm_of_scaled_arrays(sizes, alignment, t, scale_format, accumulate, implementation):
+    m, n = 37, 130
+    a, b = (quantize(normal(rows, t, seed=rows), scale_format=scale_format) for rows in (m, n))
+    inside, groups = np.zeros(t, bool), spans(sizes, alignment, t)
+    for begin, end in groups:
+        inside[begin:end] = True
+    for x in (a, b):  # what is in no group must not matter
+        x.values = jnp.where(inside, x.values, jnp.asarray(np.nan, x.values.dtype))
+        blocks = np.pad(inside, (0, -t % 128)).reshape(-1, 128).any(1)
+        x.scales = jnp.where(blocks, x.scales, jnp.asarray(np.nan, x.scales.dtype))
+    accumulator = normal(4, m, n, seed=2) if accumulate else None
+    out = k_grouped_gemm(
+        a,
+        b,
+        jnp.asarray(sizes, jnp.int32),
+        group_alignment=alignment,
+        accumulator=accumulator,
+        implementation=implementation,
+    )
+    assert out.dtype == jnp.float32
+    for group, (begin, end) in enumerate(groups):
+        x, y = exact(a)[:, begin:end], exact(b)[:, begin:end].T
+        start = exact(accumulator)[group] if accumulate else 0.0
+        if begin == end:
+            np.testing.assert_array_equal(out[group], np.broadcast_to(start, (m, n)))
+        assert_close(out[group], x @ y + start, np.abs(x) @ np.abs(y) + np.abs(start))
+
+
+@pytest.mark.parametrize("scale_format", ["float32", "power_of_two", "ue8m0"])
+def test_groups_are_close_to_the_unquantised_products(scale_format):
+    """Over the whole way, from plain arrays."""
+    quantized = functools.partial(quantize, scale_format=scale_format)
+    a, b, sizes = normal(300, 768), normal(3, 200, 768, seed=1), jnp.asarray([170, 0, 130], jnp.int32)
+    w = quantized(b, (128, 128))
+    assert calc_diff(grouped_gemm(quantized(a), w, sizes), grouped_gemm(a, b, sizes)) < 1e-3
+    a3 = a.reshape(3, 100, 768)
+    assert calc_diff(masked_grouped_gemm(quantized(a3), w, sizes), masked_grouped_gemm(a3, b, sizes)) < 1e-3
+    x, y = (quantize_along_tokens(z, sizes, scale_format=scale_format) for z in (a, a[:, :100] + 1))
+    got = k_grouped_gemm(x, y, sizes, group_alignment=128)
+    assert calc_diff(got, k_grouped_gemm(a, a[:, :100] + 1, sizes)) < 1e-3
+
+
+def test_time_follows_the_rows_that_count():
+    """A capacity of 64 times the rows, against one that holds just them; n is small, so that zeros cost little."""
+    rows, n, k = 64, 64, 2048
+    b, sizes = normal(4, n, k, seed=1), jnp.full(4, rows, jnp.int32)
+    exactly = jnp.ones((4, rows, k))
+    run = jax.jit(masked_grouped_gemm)
+
+    def seconds(a):
+        times = []
+        for _ in range(8):
+            begin = time.perf_counter()
+            run(a, b, sizes).block_until_ready()
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    assert seconds(jnp.ones((4, 64 * rows, k))) < 8 * seconds(exactly)
+
+
 def test_one_group_has_everything():
     a, b = normal(600, 96), normal(3, 40, 96, seed=1)
     out = grouped_gemm(a, b, jnp.asarray([0, 600, 0], jnp.int32))
@@ -412,6 +533,30 @@ def test_no_gradient_of_an_fp8_a():
     a, b = operands("fp8 x fp8", normal(3, 128), normal(4, 128))
     with pytest.raises(NotImplementedError, match="gemm: no gradient with a ScaledArray a"):
         jax.grad(lambda s: gemm(ScaledArray(a.values, s), b, out_dtype=jnp.float32).sum())(a.scales)
+
+
+def test_no_gradient_of_scaled_operands_in_groups():
+    a, sizes = quantize(normal(4, 256)), jnp.asarray([100], jnp.int32)
+
+    def loss(scales):
+        x = ScaledArray(a.values, scales)
+        return k_grouped_gemm(x, a, sizes, group_alignment=128).sum()
+
+    with pytest.raises(NotImplementedError, match="k_grouped_gemm: no gradient with a ScaledArray a"):
+        jax.grad(loss)(a.scales)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
+def test_masked_gradients(dtype, tolerance):
+    sizes = np.asarray([9, 0, 12, 40])
+    member = jnp.asarray(np.arange(12) < sizes[:, None], jnp.float32)
+    a, b = normal(4, 12, 40, dtype=dtype) / 8, normal(4, 24, 40, seed=1, dtype=dtype) / 8
+    assert_gradients(
+        lambda a, b: masked_grouped_gemm(a, b, jnp.asarray(sizes, jnp.int32)),
+        lambda a, b: jnp.einsum("gmk,gnk,gm->gmn", a, b, member, precision="highest"),
+        [a, b],
+        tolerance,
+    )
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
@@ -487,7 +632,11 @@ def digest() -> str:
             bits.update(np.asarray(out).tobytes())
     a, b, sizes = normal(150, 300), normal(3, 250, 300, seed=1), jnp.asarray([3, 40, 100], jnp.int32)
     out, gradient = jax.vjp(lambda a, b: grouped_gemm(a, b, sizes), a, b)
-    for x in (out, *gradient(normal(150, 250))):
+    w = jnp.stack([b[0], b[1] + 1])
+    masked = masked_grouped_gemm(quantize(a.reshape(2, 75, 300)), quantize(w, (128, 128)), sizes[:2])
+    linear, linear_gradient = jax.vjp(lambda a, b: fp8_grouped_linear(a, b, sizes), a, b)
+    g = normal(150, 250)
+    for x in (out, *gradient(g), masked, linear, *linear_gradient(g)):
         bits.update(np.asarray(x).tobytes())
     for m in (1, 16):
         test_every_fp8_code(m)
@@ -559,6 +708,26 @@ def test_bits_do_not_depend_on_the_number_of_threads():
             lambda: k_grouped_gemm(normal(2, 4), normal(3, 4), jnp.zeros(2, jnp.int32)),
         ),
         (
+            ValueError,
+            r"masked_grouped_gemm: b must be .* \[g=2, n, k=4\], got float32\[3,3,4\]",
+            lambda: masked_grouped_gemm(normal(2, 5, 4), normal(3, 3, 4), jnp.zeros(2, jnp.int32)),
+        ),
+        (
+            TypeError,
+            r"k_grouped_gemm: a and b must be both ScaledArrays or neither, got a a ScaledArray and b float32\[4,128\]",
+            lambda: k_grouped_gemm(quantize(normal(4, 128)), normal(4, 128), jnp.zeros(2, jnp.int32)),
+        ),
+        (
+            ValueError,
+            r"k_grouped_gemm: group_alignment must be a multiple of 128 with ScaledArrays, got 1",
+            lambda: k_grouped_gemm(quantize(normal(4, 128)), quantize(normal(4, 128)), jnp.zeros(2, jnp.int32)),
+        ),
+        (
+            ValueError,
+            r"k_grouped_gemm: b.values must be float8_e4m3fn \[n, t=128\], got float8_e4m3fn\[4,256\]",
+            lambda: k_grouped_gemm(quantize(normal(4, 128)), quantize(normal(4, 256)), jnp.zeros(2, jnp.int32)),
+        ),
+        (
             NotImplementedError,
             r"gemm: implementation 'sim' cannot run this call: a and b must both be ScaledArrays",
             lambda: gemm(normal(2, 16), normal(16, 16), implementation="sim"),
@@ -575,7 +744,7 @@ def test_bits_do_not_depend_on_the_number_of_threads():
         ),
         (
             NotImplementedError,
-            r"grouped_gemm: implementation 'sim' is not available: no Hopper kernel .*; available: cpu, xla",
+            r"grouped_gemm: implementation 'sim' cannot run this call: a and b must be both ScaledArrays or both bfloat16",
             lambda: grouped_gemm(normal(2, 4), normal(2, 3, 4), jnp.zeros(2, jnp.int32), implementation="sim"),
         ),
     ],

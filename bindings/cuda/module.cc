@@ -12,9 +12,13 @@ namespace nb = nanobind;
 using namespace nb::literals;
 
 // Every handler, as <name>_v<version>; its target is "jaxkern.<name>.v<version>", or "jaxkern.sim.<name>.v<version>".
-#define JAXKERN_HANDLERS(HANDLER) \
-  HANDLER(quantize, 1)            \
-  HANDLER(gemm, 1)
+#define JAXKERN_HANDLERS(HANDLER)   \
+  HANDLER(quantize, 1)              \
+  HANDLER(quantize_along_tokens, 1) \
+  HANDLER(swiglu_quantize, 1)       \
+  HANDLER(gemm, 1)                  \
+  HANDLER(grouped_gemm, 1)          \
+  HANDLER(k_grouped_gemm, 1)
 
 using Handler = XLA_FFI_Error*(XLA_FFI_CallFrame*);
 #define JAXKERN_DECLARE(name, version)  \

@@ -20,14 +20,14 @@ DEVICE void mbarrier_init(Barrier& barrier, uint32_t arrivals AND_WHERE) {
 // mbarrier.arrive. PTX 9.7.13.15.13.
 DEVICE void mbarrier_arrive(Barrier& barrier AND_WHERE) {
   PTX(asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(&barrier)) : "memory");)
-  SIM(sim::mbarrier_arrive(shared_address(&barrier), 0, where);)
+  SIM(sim::mbarrier_arrive(shared_address(&barrier), where);)
 }
 
 // mbarrier.arrive on the barrier of another block of the cluster, or of this one: what it releases is what wgmma has
 // read. With .release.cluster ptxas puts a fence of the whole GPU before each arrival. PTX 9.7.13.15.13.
 DEVICE void mbarrier_arrive_cluster(Barrier& barrier, int rank AND_WHERE) {
   PTX(asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(mapa(&barrier, rank)) : "memory");)
-  SIM(sim::mbarrier_arrive(mapa(&barrier, rank), 0, where);)
+  SIM(sim::mbarrier_arrive(mapa(&barrier, rank), where);)
 }
 
 // mbarrier.arrive.expect_tx: one arrival, and `bytes` more to come before the phase ends. PTX 9.7.13.15.13.
@@ -35,7 +35,7 @@ DEVICE void mbarrier_arrive_expect_tx(Barrier& barrier, uint32_t bytes AND_WHERE
   PTX(asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(&barrier)),
                    "r"(bytes) : "memory");)
   SIM(sim::mbarrier_expect_tx(shared_address(&barrier), bytes, where);
-      sim::mbarrier_arrive(shared_address(&barrier), 0, where);)
+      sim::mbarrier_arrive(shared_address(&barrier), where);)
 }
 
 // mbarrier.expect_tx. PTX 9.7.13.15.11.
@@ -84,8 +84,8 @@ DEVICE void bar_arrive(int name, int threads AND_WHERE) {
   SIM(sim::bar(name, threads, false, where);)
 }
 
-// barrier.cluster: all threads of the cluster's blocks. Not .aligned, which is an illegal instruction for a warp that
-// has not come together again after a loop, as after a wait. PTX 9.7.13.3.
+// barrier.cluster: all threads of the cluster's blocks. Not .aligned, which wants the lanes of a warp together: after a
+// loop, such as a wait, they may not be. PTX 9.7.13.3.
 DEVICE void barrier_cluster_arrive(WHERE) {
   PTX(asm volatile("barrier.cluster.arrive.release;" :: : "memory");)
   SIM(sim::barrier_cluster_arrive(where);)

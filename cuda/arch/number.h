@@ -76,6 +76,12 @@ DEVICE float fma(float x, float y, float z) {
   SIM(return std::fma(x, y, z);)
 }
 
+// The place of the lowest bit that is set; there must be one. brev, bfind: PTX 9.7.1.17, 9.7.1.16.
+DEVICE int lowest_bit(uint32_t x) {
+  PTX(return __ffs(x) - 1;)
+  SIM(return __builtin_ctz(x);)
+}
+
 // max.u16x2: of the two halves each. PTX 9.7.1.13.
 DEVICE uint32_t max_u16x2(uint32_t x, uint32_t y) {
   PTX(uint32_t z; asm("max.u16x2 %0, %1, %2;" : "=r"(z) : "r"(x), "r"(y)); return z;)

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cuda/gemm/dense.h"
+#include "cuda/gemm/gaps.h"
 #include "cuda/gemm/small.h"
 
 namespace jaxkern::cuda {
@@ -66,94 +67,202 @@ Error scales_map(TensorMap& map, Global<const float> scales, int64_t rows, int b
                        Swizzle::none);
 }
 
-template <typename Params>
-void fill_common(Params& p, const Gemm& g) {
+// As many rows of tiles as make what runs at one time about square.
+int band_of(int64_t m_tiles, int tile_m, int tile_n, int blocks, int cluster) {
+  int band = 1;
+  while (band * 2 <= m_tiles && band * 2 * tile_m <= blocks / band * tile_n) band *= 2;
+  return round_up(band, cluster);
+}
+
+int64_t row_bytes(const Gemm& g) { return g.b_block == 0 ? g.k * 2 : g.k; }
+
+template <typename Params, typename Out>
+void fill_common(Params& p, const Gemm& g, int64_t out_batch, Out*) {
   p.m = g.m;
   p.n = g.n;
-  p.k_blocks = ceil_div(g.k, 128);
-  p.batch = g.batch;
-  p.b_batch = g.b_batch;
-  p.a_scales = {g.a_scales, g.batch * p.k_blocks * g.m};
-  p.b_scales = {g.b_scales, g.b_batch * p.k_blocks * (g.b_block == 1 ? g.n : ceil_div(g.n, 128))};
+  p.k_blocks = ceil_div(row_bytes(g), block_k);
+  if (g.b_block) {
+    p.a_scales = {g.a_scales, g.batch * p.k_blocks * g.m};
+    p.b_scales = {g.b_scales, g.b_batch * p.k_blocks * (g.b_block == 1 ? g.n : ceil_div(g.n, 128))};
+  }
+  p.accumulator = {static_cast<const Out*>(g.accumulator), g.accumulator ? out_batch * g.m * g.n : 0};
 }
 
-template <int tile_m, int tile_n, int cluster, bool b_rows, typename Out>
-Error launch_dense(const Gemm& g, Stream stream) {
-  using Kernel = Dense<tile_m, tile_n, cluster, b_rows, Out>;
-  DenseParams<Out> p = {};
-  fill_common(p, g);
-  p.accumulator = {static_cast<const Out*>(g.accumulator), g.accumulator ? g.batch * g.m * g.n : 0};
-  p.m_tiles = round_up(ceil_div(g.m, tile_m), cluster);
-  p.n_tiles = ceil_div(g.n, tile_n);
-  p.scales_by_copy_engine = g.m % 4 == 0;  // their rows start at multiples of 16 bytes; those of b always do
+// With the schedule given, of `tiles` tiles if the host knows how many.
+template <typename Schedule, int tile_m, int tile_n, int cluster, typename Format, typename Out>
+Error launch_dense(const Gemm& g, int64_t out_batch, const typename Schedule::Params& schedule, bool aligned_rows,
+                   int64_t tiles, Stream stream) {
+  using Kernel = Dense<Schedule, tile_m, tile_n, cluster, Format, Out>;
+  DenseParams<Schedule, Out> p = {};
+  fill_common(p, g, out_batch, static_cast<Out*>(nullptr));
+  p.schedule = schedule;
+  p.out_rows = {static_cast<Out*>(g.out), out_batch * g.m * g.n};
+  // The rows of both scales start at multiples of 16 bytes, and the tiles in them; n is a multiple of 16.
+  p.scales_by_copy_engine = Format::scaled && g.m % 4 == 0 && aligned_rows;
   int blocks = multiprocessors() / cluster * cluster;
-  // As many rows of tiles as make what runs at one time about square.
-  p.band = 1;
-  while (p.band * 2 <= p.m_tiles && p.band * 2 * tile_m <= blocks / p.band * tile_n) p.band *= 2;
-  p.band = round_up(p.band, cluster);
   constexpr Element element = sizeof(Out) == 4 ? Element::float32 : Element::bfloat16;
-  Error error = first_error({matrix_map(p.a, g.a, Element::uint8, 1, g.batch, g.m, g.k, tile_m),
-                             matrix_map(p.b, g.b, Element::uint8, 1, g.b_batch, g.n, g.k, tile_n / cluster),
-                             matrix_map(p.out, g.out, element, sizeof(Out), g.batch, g.m, g.n, 64)});
+  Error error = first_error({matrix_map(p.a, g.a, Element::uint8, 1, g.batch, g.m, row_bytes(g), tile_m),
+                             matrix_map(p.b, g.b, Element::uint8, 1, g.b_batch, g.n, row_bytes(g), tile_n / cluster),
+                             matrix_map(p.out, g.out, element, sizeof(Out), out_batch, g.m, g.n, 64)});
   if (error.empty() && p.scales_by_copy_engine) error = scales_map(p.a_scales_map, p.a_scales, g.m, tile_m);
-  if (error.empty() && p.scales_by_copy_engine && b_rows) error = scales_map(p.b_scales_map, p.b_scales, g.n, tile_n);
+  if (error.empty() && p.scales_by_copy_engine && Format::b_rows)
+    error = scales_map(p.b_scales_map, p.b_scales, g.n, tile_n);
   if (!error.empty()) return error;
-  return launch<Kernel>(std::min<int64_t>(blocks, g.batch * p.m_tiles * p.n_tiles), cluster, p, stream);
+  return launch<Kernel>(std::min<int64_t>(blocks, tiles), cluster, p, stream);
 }
 
-template <int tile_m, bool b_rows, typename Out>
-Error launch_small(const Gemm& g, Stream stream) {
-  using Kernel = Small<tile_m, b_rows, Out>;
-  SmallParams<Out> p = {};
-  fill_common(p, g);
-  p.accumulator = {static_cast<const Out*>(g.accumulator), g.accumulator ? g.batch * g.m * g.n : 0};
+template <typename Schedule, int tile_m, typename Format, typename Out>
+Error launch_small(const Gemm& g, const typename Schedule::Params& schedule, int parts, int64_t tiles, Stream stream) {
+  using Kernel = Small<Schedule, tile_m, Format, Out>;
+  SmallParams<Schedule, Out> p = {};
+  fill_common(p, g, g.batch, static_cast<Out*>(nullptr));
+  p.schedule = schedule;
   p.out = {static_cast<Out*>(g.out), g.batch * g.m * g.n};
-  p.n_tiles = ceil_div(g.n, Kernel::tile_n);
-  int64_t tiles = g.batch * ceil_div(g.m, tile_m) * p.n_tiles;
-  // Along k while multiprocessors would have no tile, or for long k not a second one; but four stages for each part.
-  p.parts = 1;
-  while (p.parts < 8 && p.k_blocks >= p.parts * 8 && tiles * p.parts * 2 <= multiprocessors() * (p.parts == 1 ? 2 : 1))
-    p.parts *= 2;
-  int64_t blocks = p.parts > 1 ? tiles * p.parts : std::min<int64_t>(tiles, multiprocessors() * 2);
-  Error error = first_error({matrix_map(p.a, g.a, Element::uint8, 1, g.batch, g.m, g.k, tile_m),
-                             matrix_map(p.b, g.b, Element::uint8, 1, g.b_batch, g.n, g.k, Kernel::tile_n)});
+  p.parts = parts;
+  int64_t blocks = parts > 1 ? tiles * parts : std::min<int64_t>(tiles, multiprocessors() * 2);
+  Error error = first_error({matrix_map(p.a, g.a, Element::uint8, 1, g.batch, g.m, row_bytes(g), Kernel::box_rows),
+                             matrix_map(p.b, g.b, Element::uint8, 1, g.b_batch, g.n, row_bytes(g), Kernel::tile_n)});
   if (!error.empty()) return error;
   return launch<Kernel>(blocks, p.parts, p, stream);
 }
 
+// ---- batches ----
+
+template <int tile_m, int tile_n, int cluster, typename Format, typename Out>
+Error launch_dense(const Gemm& g, Stream stream) {
+  int m_tiles = round_up(ceil_div(g.m, tile_m), cluster), n_tiles = ceil_div(g.n, tile_n);
+  Batches::Params schedule = {.batch = static_cast<int>(g.batch),
+                              .b_batch = static_cast<int>(g.b_batch),
+                              .m = static_cast<int>(g.m),
+                              .k_blocks = static_cast<int>(ceil_div(g.k, 128)),
+                              .m_tiles = m_tiles,
+                              .n_tiles = n_tiles,
+                              .band = band_of(m_tiles, tile_m, tile_n, multiprocessors() / cluster * cluster, cluster)};
+  return launch_dense<Batches, tile_m, tile_n, cluster, Format, Out>(g, g.batch, schedule, true,
+                                                                     g.batch * m_tiles * n_tiles, stream);
+}
+
+template <int tile_m, typename Format, typename Out>
+Error launch_small(const Gemm& g, Stream stream) {
+  int m_tiles = ceil_div(g.m, tile_m), n_tiles = ceil_div(g.n, 64), k_blocks = ceil_div(g.k, 128);
+  Batches::Params schedule = {.batch = static_cast<int>(g.batch),
+                              .b_batch = static_cast<int>(g.b_batch),
+                              .m = static_cast<int>(g.m),
+                              .k_blocks = k_blocks,
+                              .m_tiles = m_tiles,
+                              .n_tiles = n_tiles,
+                              .band = m_tiles};
+  // Along k while multiprocessors would have no tile, or for long k not a second one; but four stages for each part.
+  int64_t tiles = g.batch * m_tiles * n_tiles;
+  int parts = 1;
+  while (parts < 8 && k_blocks >= parts * 8 && tiles * parts * 2 <= multiprocessors() * (parts == 1 ? 2 : 1))
+    parts *= 2;
+  return launch_small<Batches, tile_m, Format, Out>(g, schedule, parts, tiles, stream);
+}
+
 // ---- every kernel ----
 
-template <bool b_rows, typename Out>
+template <typename Format, typename Out>
 Error launch_plan(Plan plan, const Gemm& g, Stream stream) {
   switch (plan) {
     case Plan::small_16:
-      return launch_small<16, b_rows, Out>(g, stream);
+      return launch_small<16, Format, Out>(g, stream);
     case Plan::small_32:
-      return launch_small<32, b_rows, Out>(g, stream);
+      return launch_small<32, Format, Out>(g, stream);
     case Plan::small_64:
-      return launch_small<64, b_rows, Out>(g, stream);
+      return launch_small<64, Format, Out>(g, stream);
     case Plan::dense_128_64:
-      return launch_dense<128, 64, 1, b_rows, Out>(g, stream);
+      return launch_dense<128, 64, 1, Format, Out>(g, stream);
     case Plan::dense_128_192:
-      if constexpr (!b_rows && sizeof(Out) == 2) return launch_dense<128, 192, 2, b_rows, Out>(g, stream);
+      if constexpr (!Format::b_rows && sizeof(Out) == 2) return launch_dense<128, 192, 2, Format, Out>(g, stream);
       [[fallthrough]];
     case Plan::dense_256_128:
-      if constexpr (!b_rows && sizeof(Out) == 2) return launch_dense<256, 128, 2, b_rows, Out>(g, stream);
+      if constexpr (!Format::b_rows && sizeof(Out) == 2) return launch_dense<256, 128, 2, Format, Out>(g, stream);
       [[fallthrough]];
     default:
-      return launch_dense<128, 128, 1, b_rows, Out>(g, stream);
+      return launch_dense<128, 128, 1, Format, Out>(g, stream);
   }
 }
 
-template <bool b_rows, typename Out>
+template <typename Format, typename Out>
 Error prepare_plans() {
-  Error error = first_error({prepare<Small<16, b_rows, Out>>(), prepare<Small<32, b_rows, Out>>(),
-                             prepare<Small<64, b_rows, Out>>(), prepare<Dense<128, 64, 1, b_rows, Out>>(),
-                             prepare<Dense<128, 128, 1, b_rows, Out>>()});
-  if constexpr (!b_rows && sizeof(Out) == 2)
-    error =
-        first_error({error, prepare<Dense<128, 192, 2, b_rows, Out>>(), prepare<Dense<256, 128, 2, b_rows, Out>>()});
+  Error error =
+      first_error({prepare<Small<Batches, 16, Format, Out>>(), prepare<Small<Batches, 32, Format, Out>>(),
+                   prepare<Small<Batches, 64, Format, Out>>(), prepare<Dense<Batches, 128, 64, 1, Format, Out>>(),
+                   prepare<Dense<Batches, 128, 128, 1, Format, Out>>()});
+  if constexpr (!Format::b_rows && sizeof(Out) == 2)
+    error = first_error({error, prepare<Dense<Batches, 128, 192, 2, Format, Out>>(),
+                         prepare<Dense<Batches, 256, 128, 2, Format, Out>>()});
   return error;
+}
+
+// ---- groups ----
+
+GroupList group_list(const int32_t* sizes, int64_t groups, int64_t alignment, int64_t stride, int64_t all) {
+  return {.sizes = {sizes, groups},
+          .count = static_cast<int>(groups),
+          .alignment = static_cast<int>(alignment),
+          .stride = static_cast<int>(stride),
+          .all = static_cast<int>(all)};
+}
+
+constexpr int small_rows = 64;  // up to here a group is Small's; only the device knows, so both kernels look at it
+
+template <int tile_m, int tile_n, int cluster, typename Format, typename Out>
+Error launch_dense_groups(const GroupedGemm& g, const Gemm& product, RowGroups::Params schedule, Stream stream) {
+  schedule.cluster = cluster;
+  schedule.n_tiles = ceil_div(g.n, tile_n);
+  schedule.band =
+      band_of(round_up(ceil_div(schedule.most, tile_m), cluster), tile_m, tile_n, multiprocessors(), cluster);
+  // At most this many: every tile but a group's last is full, and that one has more than small_rows rows.
+  int64_t tiles = round_up(ceil_div(g.m, small_rows + 1), cluster) * cluster * schedule.n_tiles;
+  bool aligned_rows = (g.stride ? g.stride : g.alignment) % 4 == 0;
+  return launch_dense<RowGroups, tile_m, tile_n, cluster, Format, Out>(product, 1, schedule, aligned_rows, tiles,
+                                                                       stream);
+}
+
+template <typename Format, typename Out>
+Error launch_row_groups(const GroupedGemm& g, Stream stream) {
+  GroupList groups = group_list(g.group_sizes, g.groups, g.alignment, g.stride, g.m);
+  Gemm product = {.a = g.a,
+                  .a_scales = g.a_scales,
+                  .b = g.b,
+                  .b_scales = g.b_scales,
+                  .accumulator = nullptr,
+                  .out = g.out,
+                  .out_is_float32 = g.out_is_float32,
+                  .b_block = g.b_block,
+                  .batch = 1,
+                  .b_batch = g.groups,
+                  .m = g.m,
+                  .n = g.n,
+                  .k = g.k};
+  RowGroups::Params schedule = {.groups = groups, .least = 1, .most = small_rows, .band = 1, .cluster = 1};
+  schedule.k_blocks = ceil_div(row_bytes(product), block_k);
+  schedule.n_tiles = ceil_div(g.n, 64);
+  int64_t row_words = g.n * sizeof(Out) / 4;
+  Gaps::Params gaps = {groups, {static_cast<uint32_t*>(g.out), g.m * row_words}, static_cast<int>(row_words)};
+  Error error = first_error(
+      {launch<Gaps>(std::min<int64_t>(multiprocessors(), ceil_div(g.m, Gaps::threads / warp_size)), 1, gaps, stream),
+       launch_small<RowGroups, small_rows, Format, Out>(product, schedule, 1,
+                                                        std::min(g.groups, g.m) * schedule.n_tiles, stream)});
+  int64_t most = g.stride ? g.stride : g.m;  // rows of a group
+  if (!error.empty() || most <= small_rows) return error;
+  schedule.least = small_rows + 1;
+  schedule.most = most;
+  // The large tile, which wastes more at the end of a group, where groups are large on average.
+  if constexpr (!Format::b_rows && sizeof(Out) == 2)
+    if (!g.stride && g.m >= 512 * g.groups)
+      return launch_dense_groups<256, 128, 2, Format, Out>(g, product, schedule, stream);
+  return launch_dense_groups<128, 128, 1, Format, Out>(g, product, schedule, stream);
+}
+
+constexpr int k_tile_m = 128, k_tile_n = 128;
+
+// Calls f with a value of the result's type.
+template <typename F>
+Error with_out(bool is_float32, F f) {
+  return is_float32 ? f(float{}) : f(bfloat16{});
 }
 
 }  // namespace
@@ -163,17 +272,77 @@ Error gemm(const Gemm& g, Stream stream) {
   if (out_bytes == 0) return {};
   if (g.k == 0) return g.accumulator ? copy(g.out, g.accumulator, out_bytes, stream) : zero(g.out, out_bytes, stream);
   Plan plan = choose(g, multiprocessors());
-  bool b_rows = g.b_block == 1;
-  if (g.out_is_float32)
-    return b_rows ? launch_plan<true, float>(plan, g, stream) : launch_plan<false, float>(plan, g, stream);
-  return b_rows ? launch_plan<true, bfloat16>(plan, g, stream) : launch_plan<false, bfloat16>(plan, g, stream);
+  return with_out(g.out_is_float32, [&]<typename Out>(Out) {
+    return g.b_block == 1 ? launch_plan<RowScaled, Out>(plan, g, stream)
+                          : launch_plan<BlockScaled, Out>(plan, g, stream);
+  });
+}
+
+Error grouped_gemm(const GroupedGemm& g, Stream stream) {
+  int64_t out_bytes = g.m * g.n * (g.out_is_float32 ? 4 : 2);
+  if (out_bytes == 0) return {};
+  if (g.k == 0 || g.groups == 0) return zero(g.out, out_bytes, stream);
+  return with_out(g.out_is_float32, [&]<typename Out>(Out) {
+    if (g.b_block == 0) return launch_row_groups<Unscaled, Out>(g, stream);
+    return g.b_block == 1 ? launch_row_groups<RowScaled, Out>(g, stream)
+                          : launch_row_groups<BlockScaled, Out>(g, stream);
+  });
+}
+
+Error k_grouped_gemm(const KGroupedGemm& g, Stream stream) {
+  int64_t out_bytes = g.groups * g.m * g.n * 4;
+  if (out_bytes == 0) return {};
+  if (g.t == 0) return g.accumulator ? copy(g.out, g.accumulator, out_bytes, stream) : zero(g.out, out_bytes, stream);
+  Gemm product = {.a = g.a,
+                  .a_scales = g.a_scales,
+                  .b = g.b,
+                  .b_scales = g.b_scales,
+                  .accumulator = g.accumulator,
+                  .out = g.out,
+                  .out_is_float32 = true,
+                  .b_block = 1,
+                  .batch = 1,
+                  .b_batch = 1,
+                  .m = g.m,
+                  .n = g.n,
+                  .k = g.t};
+  int m_tiles = ceil_div(g.m, k_tile_m), n_tiles = ceil_div(g.n, k_tile_n);
+  KGroups::Params schedule = {.groups = group_list(g.group_sizes, g.groups, g.alignment, g.stride, g.t),
+                              .m = static_cast<int>(g.m),
+                              .m_tiles = m_tiles,
+                              .n_tiles = n_tiles,
+                              .band = band_of(m_tiles, k_tile_m, k_tile_n, multiprocessors(), 1)};
+  return launch_dense<KGroups, k_tile_m, k_tile_n, 1, RowScaled, float>(product, g.groups, schedule, true,
+                                                                        g.groups * m_tiles * n_tiles, stream);
 }
 
 Error prepare_gemm() {
   return once_per_device([] {
-    return first_error({prepare_plans<false, bfloat16>(), prepare_plans<true, bfloat16>(),
-                        prepare_plans<false, float>(), prepare_plans<true, float>()});
+    return first_error({prepare_plans<BlockScaled, bfloat16>(), prepare_plans<RowScaled, bfloat16>(),
+                        prepare_plans<BlockScaled, float>(), prepare_plans<RowScaled, float>()});
   });
+}
+
+template <typename Format, typename Out>
+Error prepare_row_groups() {
+  Error error = first_error(
+      {prepare<Small<RowGroups, small_rows, Format, Out>>(), prepare<Dense<RowGroups, 128, 128, 1, Format, Out>>()});
+  if constexpr (!Format::b_rows && sizeof(Out) == 2)
+    error = first_error({error, prepare<Dense<RowGroups, 256, 128, 2, Format, Out>>()});
+  return error;
+}
+
+Error prepare_grouped_gemm() {
+  return once_per_device([] {
+    return first_error({prepare<Gaps>(), prepare_row_groups<BlockScaled, bfloat16>(),
+                        prepare_row_groups<RowScaled, bfloat16>(), prepare_row_groups<Unscaled, bfloat16>(),
+                        prepare_row_groups<BlockScaled, float>(), prepare_row_groups<RowScaled, float>(),
+                        prepare_row_groups<Unscaled, float>()});
+  });
+}
+
+Error prepare_k_grouped_gemm() {
+  return once_per_device([] { return prepare<Dense<KGroups, k_tile_m, k_tile_n, 1, RowScaled, float>>(); });
 }
 
 }  // namespace jaxkern::cuda

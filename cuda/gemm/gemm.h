@@ -1,8 +1,9 @@
-// The FP8 matrix product on Hopper. No CUDA header is needed to include it.
+// FP8 matrix products on Hopper: one, a batch, or groups. No CUDA header is needed to include it.
 #pragma once
 
 #include <cstdint>
 
+#include "cuda/limits.h"
 #include "cuda/stream.h"
 
 namespace jaxkern::cuda {
@@ -10,9 +11,9 @@ namespace jaxkern::cuda {
 // out[i] = a[i] b[i]^T + accumulator[i], each 128 of k summed by the tensor cores and promoted to float32 with its
 // scales. n and k are multiples of 16, every pointer is aligned to 16 bytes.
 struct Gemm {
-  const uint8_t* a;         // e4m3 [batch, m, k]
+  const void* a;            // e4m3 [batch, m, k]
   const float* a_scales;    // [batch, ceil(k / 128), m]: m is contiguous
-  const uint8_t* b;         // e4m3 [b_batch, n, k]
+  const void* b;            // e4m3 [b_batch, n, k]
   const float* b_scales;    // b_block 128: [b_batch, ceil(n / 128), ceil(k / 128)]; 1: [b_batch, ceil(k / 128), n]
   const void* accumulator;  // as out, or null
   void* out;                // [batch, m, n], float32 or bfloat16
@@ -24,7 +25,43 @@ struct Gemm {
 
 Error gemm(const Gemm& gemm, Stream stream);
 
-// Loads every kernel that `gemm` may launch, on the current device: before the first launch, as launches must not load.
+// The rows of group i of a, times b[i]^T, of e4m3 or, where b_block is 0, of bfloat16 without scales. Group i begins
+// where the one before it ends, rounded up to `alignment`, or, if `stride` is not 0, at row i * stride; sizes are cut
+// to the rows that there are. Rows in no group become zero. m < 2^26, at most 1024 groups; the rest as in Gemm.
+struct GroupedGemm {
+  const void* a;               // [m, k]
+  const float* a_scales;       // [ceil(k / 128), m]
+  const void* b;               // [groups, n, k]
+  const float* b_scales;       // both as in Gemm; none are read where b_block is 0
+  const int32_t* group_sizes;  // [groups], on the device
+  void* out;                   // [m, n]
+  bool out_is_float32;
+  int b_block;
+  int64_t groups, alignment, stride;
+  int64_t m, n, k;
+};
+
+Error grouped_gemm(const GroupedGemm& gemm, Stream stream);
+
+// out[i] = a_i b_i^T + accumulator[i], of the columns of a and b that are group i's. `alignment` or `stride` is a
+// multiple of 128, t and n of 16; at most most_groups groups and most_grouped of t.
+struct KGroupedGemm {
+  const void* a;               // e4m3 [m, t]
+  const float* a_scales;       // [ceil(t / 128), m]
+  const void* b;               // e4m3 [n, t]
+  const float* b_scales;       // [ceil(t / 128), n]
+  const int32_t* group_sizes;  // [groups], on the device
+  const float* accumulator;    // as out, or null
+  float* out;                  // [groups, m, n]
+  int64_t groups, alignment, stride;
+  int64_t t, m, n;
+};
+
+Error k_grouped_gemm(const KGroupedGemm& gemm, Stream stream);
+
+// Load every kernel that each may launch, on the current device: before the first launch, as launches must not load.
 Error prepare_gemm();
+Error prepare_grouped_gemm();
+Error prepare_k_grouped_gemm();
 
 }  // namespace jaxkern::cuda

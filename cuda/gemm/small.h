@@ -8,64 +8,67 @@
 //   warp 5       copies their scales
 #pragma once
 
-#include "cuda/gemm/tile.h"
+#include "cuda/gemm/schedule.h"
 
 namespace jaxkern::cuda::kernels {
 
-template <typename Out>
+template <typename Schedule, typename Out>
 struct SmallParams {
-  TensorMap a, b;  // [batch, m, k], [b_batch, n, k]
+  TensorMap a, b;  // matrices of a batch each: [batch, m, k], [b_batch, n, k]
   Global<const float> a_scales, b_scales;
   Global<const Out> accumulator;  // empty: none
   Global<Out> out;
-  int m, n, k_blocks, batch, b_batch;
-  int n_tiles, parts;  // parts: the cluster's blocks
+  int m, n, k_blocks;
+  int parts;  // the cluster's blocks
+  typename Schedule::Params schedule;
 };
 
-// tile_m: of the rows of a. b_rows: the scales of b are 1 x 128, else 128 x 128.
-template <int tile_m, bool b_rows, typename Out>
+// tile_m: the most rows of a in a tile; a group's tile multiplies 16, 32 or all of them.
+template <typename Schedule, int tile_m, typename Format, typename Out>
 struct Small {
+  static constexpr bool scaled = Format::scaled, b_rows = Format::b_rows;
   static_assert(tile_m % 16 == 0 && tile_m <= 64);
   static constexpr int tile_n = 64;
+  static constexpr int box_rows = Schedule::edges ? 16 : tile_m;  // of a that one copy brings
   static constexpr int threads = warpgroup_size + 2 * warp_size;
   static constexpr int stages = tile_m <= 32 ? 8 : 5;  // two blocks fit on a multiprocessor
-  static std::string name() { return instance_name("Small", {tile_m}, b_rows, sizeof(Out) == 4); }
+  static std::string name() { return instance_name("Small", Schedule::name, {tile_m}, Format::name, sizeof(Out) == 4); }
 
-  using Params = SmallParams<Out>;
+  using Params = SmallParams<Schedule, Out>;
+  using Walk = typename Schedule::template Walk<tile_m, tile_n>;
   using At = Position<stages>;
 
   struct Smem {
     Tile<tile_n * block_k> b[stages];
     Tile<tile_m * block_k> a[stages];
     Shared<float> part[tile_m][tile_n + 4];  // this block's sums, out's way round; 4 more spread the banks
-    Shared<float> a_scales[stages][tile_m];
+    Shared<float> a_scales[stages][scaled ? tile_m : 1];
     Shared<float> b_scales[stages][b_rows ? tile_n : 1];
     Barrier full[stages], empty[stages];
+    typename Schedule::Smem schedule;
   };
 
-  // One tile of the result, and this block's part of k.
-  struct Work {
-    int batch, b_batch, row, column, first_k, last_k;
-  };
-
-  DEVICE static int tiles(const Params& p) { return p.batch * static_cast<int>(ceil_div(p.m, tile_m)) * p.n_tiles; }
-
-  DEVICE static Work work(const Params& p, int tile) {
-    int rank = p.parts == 1 ? 0 : cluster_rank(), m_tiles = ceil_div(p.m, tile_m), per_batch = p.n_tiles * m_tiles;
-    int batch = tile / per_batch, in_batch = tile % per_batch;
-    return {batch,
-            p.b_batch == 1 ? 0 : batch,
-            in_batch % m_tiles * tile_m,
-            in_batch / m_tiles * tile_n,
-            static_cast<int>(int64_t(p.k_blocks) * rank / p.parts),
-            static_cast<int>(int64_t(p.k_blocks) * (rank + 1) / p.parts)};
+  // A role's way through its tiles, of each this block's part of k: f gets the work and the stage to go on with.
+  template <typename F>
+  DEVICE static void for_tiles(const Params& p, const Smem& s, F&& f) {
+    Walk walk(p.schedule, s.schedule);
+    Work w;
+    At at;
+    for (int tile = block_index() / p.parts; walk.find(tile, w); tile += grid_size() / p.parts) {
+      if (p.parts > 1) {
+        int rank = cluster_rank(), blocks = w.k_blocks;
+        w.first_k = static_cast<int>(int64_t(blocks) * rank / p.parts);
+        w.k_blocks = static_cast<int>(int64_t(blocks) * (rank + 1) / p.parts) - w.first_k;
+      }
+      f(w, at);
+    }
   }
 
-  // A role's way through its tiles: f gets the work and the stage to go on with.
-  template <typename F>
-  DEVICE static void for_tiles(const Params& p, F&& f) {
-    At at;
-    for (int tile = block_index() / p.parts; tile < tiles(p); tile += grid_size() / p.parts) f(work(p, tile), at);
+  // The rows that a tile multiplies: what wgmma offers that is not less than it has.
+  DEVICE static int rows_of(Work w) {
+    if (!Schedule::edges) return tile_m;
+    int rows = w.row_end - w.row;
+    return rows <= 16 ? 16 : rows <= 32 ? 32 : tile_m;
   }
 
   DEVICE static void run(const Params& p, Smem& s) {
@@ -74,22 +77,31 @@ struct Small {
       prefetch_tensormap(p.a);
       prefetch_tensormap(p.b);
       for (int i = 0; i < stages; ++i) {
-        mbarrier_init(s.full[i], 1 + warp_size);  // the copies of tiles and of scales
-        mbarrier_init(s.empty[i], 4);             // the math warps
+        mbarrier_init(s.full[i], scaled ? 1 + warp_size : 1);  // the copies of tiles and of scales
+        mbarrier_init(s.empty[i], 4);                          // the math warps
       }
       fence_mbarrier_init();
     }
+    if (warp == 0) Schedule::prepare(p.schedule, s.schedule);
     bar_sync(0, threads);
     if (warp == 4) {
-      if (elect()) for_tiles(p, [&](Work w, At& at) { produce_tiles(p, s, w, at); });
+      if (elect()) for_tiles(p, s, [&](Work w, At& at) { produce_tiles(p, s, w, at); });
       syncwarp();
     } else if (warp == 5) {
-      for_tiles(p, [&](Work w, At& at) { produce_scales(p, s, w, at); });
-      cp_async_commit_group();
-      cp_async_wait_group<0>();
+      if constexpr (scaled) {
+        for_tiles(p, s, [&](Work w, At& at) { produce_scales(p, s, w, at); });
+        cp_async_commit_group();
+        cp_async_wait_group<0>();
+      }
     } else {
-      for_tiles(p, [&](Work w, At& at) {
-        multiply(p, s, w, at);
+      for_tiles(p, s, [&](Work w, At& at) {
+        int rows = rows_of(w);
+        if (rows == tile_m)
+          multiply<tile_m>(p, s, w, at);
+        else if (tile_m > 16 && rows == 16)
+          multiply<16>(p, s, w, at);
+        else if (tile_m > 32)
+          multiply<32>(p, s, w, at);
         if (p.parts == 1) {
           bar_sync(1, warpgroup_size);
           store_rows<false>(p, s, w);
@@ -101,24 +113,27 @@ struct Small {
     // Along k every block has one tile, whose parts are added up when all of them are there.
     barrier_cluster_arrive();
     barrier_cluster_wait();
-    if (warp < 4) store_rows<true>(p, s, work(p, block_index() / p.parts));
+    if (warp < 4) for_tiles(p, s, [&](Work w, At&) { store_rows<true>(p, s, w); });
     barrier_cluster_arrive();  // nobody leaves while its part is read
     barrier_cluster_wait();
   }
 
   DEVICE static void produce_tiles(const Params& p, Smem& s, Work w, At& at) {
-    for (int k = w.first_k; k < w.last_k; ++k, at.advance()) {
+    int rows = rows_of(w);
+    for (int k = w.first_k; k < w.first_k + w.k_blocks; ++k, at.advance()) {
       mbarrier_wait(s.empty[at.stage], at.phase ^ 1);
-      mbarrier_arrive_expect_tx(s.full[at.stage], (tile_m + tile_n) * block_k);
+      mbarrier_arrive_expect_tx(s.full[at.stage], (rows + tile_n) * block_k);
       cp_async_bulk_tensor<3>(&s.b[at.stage], p.b, {k * block_k, w.column, w.b_batch}, s.full[at.stage]);
-      cp_async_bulk_tensor<3>(&s.a[at.stage], p.a, {k * block_k, w.row, w.batch}, s.full[at.stage]);
+      for (int row = 0; row < rows; row += box_rows)
+        cp_async_bulk_tensor<3>(s.a[at.stage].data + row * block_k, p.a, {k * block_k, w.row + row, w.a_batch},
+                                s.full[at.stage]);
     }
   }
 
   DEVICE static void produce_scales(const Params& p, Smem& s, Work w, At& at) {
-    for (int k = w.first_k; k < w.last_k; ++k, at.advance()) {
+    for (int k = w.first_k; k < w.first_k + w.k_blocks; ++k, at.advance()) {
       mbarrier_wait(s.empty[at.stage], at.phase ^ 1);
-      copy_scales(s.a_scales[at.stage], p.a_scales, int64_t(w.batch) * p.k_blocks + k, w.row, p.m);
+      copy_scales(s.a_scales[at.stage], p.a_scales, int64_t(w.a_batch) * p.k_blocks + k, w.row, p.m);
       if constexpr (b_rows)
         copy_scales(s.b_scales[at.stage], p.b_scales, int64_t(w.b_batch) * p.k_blocks + k, w.column, p.n);
       cp_async_mbarrier_arrive(s.full[at.stage]);
@@ -131,34 +146,58 @@ struct Small {
     return load_global<float>(p.b_scales, row * p.k_blocks + k);
   }
 
+  template <int rows>
   DEVICE static void multiply(const Params& p, Smem& s, Work w, At& at) {
-    float totals[tile_m / 2];
+    float totals[rows / 2];
 #pragma unroll
-    for (int i = 0; i < tile_m / 2; ++i) totals[i] = 0;
+    for (int i = 0; i < rows / 2; ++i) totals[i] = 0;
+    if constexpr (scaled)
+      add_scaled(p, s, w, at, totals);
+    else
+      add(s, w, at, totals);
+#pragma unroll
+    for (int i = 0; i < rows / 2; ++i) store(s.part[fragment_column(i)][fragment_row(i)], totals[i]);
+  }
+
+  template <int count>
+  DEVICE static void add_scaled(const Params& p, Smem& s, Work w, At& at, float (&totals)[count]) {
+    constexpr int rows = count * 2;
     float next = 0;
-    if (!b_rows && w.first_k < w.last_k) next = block_scale(p, w, w.first_k);
-    for (int k = w.first_k; k < w.last_k; ++k, at.advance()) {
+    int last_k = w.first_k + w.k_blocks;
+    if (!b_rows && w.k_blocks > 0) next = block_scale(p, w, w.first_k);
+    for (int k = w.first_k; k < last_k; ++k, at.advance()) {
       float upper = next, lower = next;
-      if (!b_rows) next = block_scale(p, w, k + 1 < w.last_k ? k + 1 : k);  // a stage ahead of its use
+      if (!b_rows) next = block_scale(p, w, k + 1 < last_k ? k + 1 : k);  // a stage ahead of its use
       mbarrier_wait(s.full[at.stage], at.phase);
-      float sums[tile_m / 2];
-      multiply_stage<tile_m>(sums, &s.b[at.stage], &s.a[at.stage]);
+      float sums[count];
+      multiply_stage<Format, rows>(sums, &s.b[at.stage], &s.a[at.stage]);
       if constexpr (b_rows) {
         upper = load(s.b_scales[at.stage][fragment_row(0)]);
         lower = load(s.b_scales[at.stage][fragment_row(2)]);
       }
-      Pack<float, 2> columns[tile_m / 8];
+      Pack<float, 2> columns[rows / 8];
 #pragma unroll
-      for (int j = 0; j < tile_m / 8; ++j) columns[j] = load_pack<2>(s.a_scales[at.stage][fragment_column(4 * j)]);
+      for (int j = 0; j < rows / 8; ++j) columns[j] = load_pack<2>(s.a_scales[at.stage][fragment_column(4 * j)]);
       wgmma_wait_group<0>(sums);
-      syncwarp();
-      if (lane_index() == 0) mbarrier_arrive(s.empty[at.stage]);
+      release(s.empty[at.stage]);
 #pragma unroll
-      for (int i = 0; i < tile_m / 2; ++i)
-        totals[i] += (i / 2 % 2 ? lower : upper) * columns[i / 4].item[i % 2] * sums[i];
+      for (int i = 0; i < count; ++i) totals[i] += (i / 2 % 2 ? lower : upper) * columns[i / 4].item[i % 2] * sums[i];
     }
-#pragma unroll
-    for (int i = 0; i < tile_m / 2; ++i) store(s.part[fragment_column(i)][fragment_row(i)], totals[i]);
+  }
+
+  template <int count>
+  DEVICE static void add(Smem& s, Work w, At& at, float (&totals)[count]) {
+    for (int k = 0; k < w.k_blocks; ++k, at.advance()) {
+      mbarrier_wait(s.full[at.stage], at.phase);
+      multiply_stage<Format, count * 2>(totals, &s.b[at.stage], &s.a[at.stage]);
+      wgmma_wait_group<0>(totals);
+      release(s.empty[at.stage]);
+    }
+  }
+
+  DEVICE static void release(Barrier& empty) {
+    syncwarp();
+    if (lane_index() == 0) mbarrier_arrive(empty);
   }
 
   // The sums of all blocks of the cluster, each block its share of the rows: a warp takes a row, a lane two
@@ -168,7 +207,7 @@ struct Small {
     int rank = of_cluster ? cluster_rank() : 0, parts = of_cluster ? p.parts : 1;
     for (int i = rank * 4 + thread_index() / warp_size; i < tile_m; i += parts * 4) {
       int row = w.row + i, j = lane_index() * 2, column = w.column + j;
-      if (row >= p.m || column >= p.n) continue;
+      if (row >= w.row_end || column >= p.n) continue;
       float low = 0, high = 0;
       for (int r = 0; r < parts; ++r) {
         Pack<float, 2> part;

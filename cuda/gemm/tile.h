@@ -11,7 +11,7 @@
 
 namespace jaxkern::cuda::kernels {
 
-constexpr int block_k = 128;  // of one stage, and of one scale
+constexpr int block_k = 128;  // bytes of one stage; of e4m3, the elements of one scale
 constexpr int swizzle_row = 128;
 constexpr int swizzle_group = 8 * swizzle_row;
 
@@ -30,14 +30,35 @@ struct Position {
   }
 };
 
-// sums = left right^T over one stage, for the 64 rows that start at `left`. In flight when it returns.
-template <int n>
+// What a and b are: e4m3, a with scales of 1 x 128 and b with those of its blocks of 128 x 128 or of 1 x 128, or
+// bfloat16.
+struct BlockScaled {
+  static constexpr const char* name = "BlockScaled";
+  static constexpr bool scaled = true, b_rows = false;
+};
+struct RowScaled {
+  static constexpr const char* name = "RowScaled";
+  static constexpr bool scaled = true, b_rows = true;
+};
+struct Unscaled {
+  static constexpr const char* name = "Unscaled";
+  static constexpr bool scaled = false, b_rows = false;
+};
+
+// sums = left right^T over one stage, for the 64 rows that start at `left`; unscaled, it is added to sums. In flight
+// when it returns.
+template <typename Format, int n>
 DEVICE void multiply_stage(float (&sums)[n / 2], const void* left, const void* right AND_WHERE) {
   uint64_t a = matrix_descriptor(shared_address(left), 0, swizzle_group, Swizzle::bytes_128);
   uint64_t b = matrix_descriptor(shared_address(right), 0, swizzle_group, Swizzle::bytes_128);
   wgmma_fence(SIM(where));
 #pragma unroll
-  for (int k = 0; k < block_k / 32; ++k) wgmma_e4m3<n>(sums, a + k * 2, b + k * 2, k > 0 SIM(, where));
+  for (int k = 0; k < block_k / 32; ++k) {
+    if constexpr (Format::scaled)
+      wgmma_e4m3<n>(sums, a + k * 2, b + k * 2, k > 0 SIM(, where));
+    else
+      wgmma_bf16<n>(sums, a + k * 2, b + k * 2, true SIM(, where));
+  }
   wgmma_commit_group(SIM(where));
 }
 
@@ -45,8 +66,8 @@ DEVICE void multiply_stage(float (&sums)[n / 2], const void* left, const void* r
 DEVICE int fragment_row(int i) { return thread_index() % warpgroup_size / 32 * 16 + lane_index() / 4 + i / 2 % 2 * 8; }
 DEVICE int fragment_column(int i) { return i / 4 * 8 + lane_index() % 4 * 2 + i % 2; }
 
-// The scales of `rows` rows from `first` on for one 128 of k, by a warp; zeros beyond the matrix. They are stored with
-// the rows contiguous, but a row of any length, so that a tensor map could not describe them.
+// The scales of `rows` rows from `first` on for one 128 of k, by a warp; zeros beyond the matrix. For
+// matrices whose rows of scales are not aligned to 16 bytes, as a tensor map needs.
 template <int rows>
 DEVICE void copy_scales(Shared<float> (&to)[rows], Global<const float> scales, int64_t k_block, int first,
                         int all_rows AND_WHERE) {
@@ -75,11 +96,12 @@ DEVICE Pair<Out> load_pair(Global<const Out> x, int64_t i AND_WHERE) {
   return load_global<Pair<Out>>(x, i SIM(, where));
 }
 
-// As the compiler prints it: "Dense<128, 128, 1, false, bfloat16>".
-inline std::string instance_name(const char* kernel, std::initializer_list<int> sizes, bool b_rows, bool is_float32) {
-  std::string name = std::string(kernel) + "<";
+// As the compiler prints it: "Dense<Batches, 128, 128, 1, BlockScaled, bfloat16>".
+inline std::string instance_name(const char* kernel, const char* schedule, std::initializer_list<int> sizes,
+                                 const char* format, bool is_float32) {
+  std::string name = std::string(kernel) + "<" + schedule + ", ";
   for (int size : sizes) name += std::to_string(size) + ", ";
-  return name + (b_rows ? "true, " : "false, ") + (is_float32 ? "float>" : "bfloat16>");
+  return name + format + (is_float32 ? ", float>" : ", bfloat16>");
 }
 
 }  // namespace jaxkern::cuda::kernels

@@ -84,7 +84,7 @@ void Machine::end_phase_if_complete(Mbarrier& barrier, const Where& where) {
   barrier.waiting.clear();
 }
 
-void mbarrier_arrive(uint32_t address, int, Where where) {
+void mbarrier_arrive(uint32_t address, Where where) {
   Machine& m = machine();
   Mbarrier& barrier = m.mbarrier(address, where);
   Thread& thread = m.self();
@@ -134,7 +134,7 @@ void bar(int name, int threads, bool wait, Where where) {
   if (name < 0 || name > 15) fail(where, text("%s %d: there are 16 named barriers", what, name));
   if (threads <= 0 || threads % lanes) fail(where, text("%s of %d threads, no multiple of 32", what, threads));
   NamedBarrier& barrier = block.named[name];
-  m.collective(what, where, uint64_t(name) << 32 | uint32_t(threads), nullptr, nullptr, [&](Warp& warp, Collective& c) {
+  m.collective(what, where, uint64_t(name) << 32 | uint32_t(threads), nullptr, [&](Warp& warp, Collective& c) {
     for (int i = 1; i < lanes; ++i)
       if (c.in[i] != c.in[0]) fail(where, text("divergent warp: %s with different barriers or counts", what));
     Clock joined = m.join_lanes(warp);
@@ -170,7 +170,7 @@ void bar(int name, int threads, bool wait, Where where) {
 
 void barrier_cluster_arrive(Where where) {
   Machine& m = machine();
-  m.collective("barrier.cluster.arrive", where, 0, nullptr, nullptr, [&](Warp& warp, Collective&) {
+  m.collective("barrier.cluster.arrive", where, 0, nullptr, [&](Warp& warp, Collective&) {
     join(m.cluster_clock_, m.join_lanes(warp));
     for (Thread* t : warp.threads) {
       if (t->cluster_arrived != t->cluster_waited) fail(where, "barrier.cluster.arrive twice with no wait between");
@@ -193,7 +193,7 @@ void barrier_cluster_wait(Where where) {
   Machine& m = machine();
   Thread& thread = m.self();
   if (thread.cluster_arrived == thread.cluster_waited) fail(where, "barrier.cluster.wait with no arrive before it");
-  m.collective("barrier.cluster.wait", where, 0, nullptr, nullptr, [](Warp&, Collective&) {});
+  m.collective("barrier.cluster.wait", where, 0, nullptr, [](Warp&, Collective&) {});
   while (m.cluster_generation_ < thread.cluster_arrived)
     m.block_on({.kind = Wait::cluster, .what = "barrier.cluster.wait"}, where);
   ++thread.cluster_waited;

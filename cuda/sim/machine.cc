@@ -322,7 +322,7 @@ void Machine::fail(const Where& where, const std::string& message, Thread* threa
 
 // ---- collectives ----
 
-void Machine::collective(const char* what, const Where& where, uint64_t in, void* pointer, const uint32_t* fragment,
+void Machine::collective(const char* what, const Where& where, uint64_t in, void* pointer,
                          const std::function<void(Warp&, Collective&)>& act) {
   Thread& thread = self();
   Warp& warp = *thread.warp;
@@ -336,7 +336,6 @@ void Machine::collective(const char* what, const Where& where, uint64_t in, void
   c.present |= 1u << thread.lane;
   c.in[thread.lane] = in;
   c.pointers[thread.lane] = pointer;
-  if (fragment) memcpy(c.fragments[thread.lane].data(), fragment, 16);
   if (c.present == 0xffffffff) {
     act(warp, c);
     c.present = 0;
@@ -375,7 +374,7 @@ int cluster_rank() { return machine().block().rank; }
 
 uint32_t shfl(uint32_t value, int lane, Where where) {
   Machine& m = machine();
-  m.collective("shfl.sync", where, value | uint64_t(lane & 31) << 32, nullptr, nullptr, [](Warp&, Collective& c) {
+  m.collective("shfl.sync", where, value | uint64_t(lane & 31) << 32, nullptr, [](Warp&, Collective& c) {
     for (int i = 0; i < lanes; ++i) c.out[i] = static_cast<uint32_t>(c.in[c.in[i] >> 32]);
   });
   return static_cast<uint32_t>(m.collective_result());
@@ -383,7 +382,7 @@ uint32_t shfl(uint32_t value, int lane, Where where) {
 
 uint32_t ballot(bool predicate, Where where) {
   Machine& m = machine();
-  m.collective("vote.sync", where, predicate, nullptr, nullptr, [](Warp&, Collective& c) {
+  m.collective("vote.sync", where, predicate, nullptr, [](Warp&, Collective& c) {
     uint32_t all = 0;
     for (int i = 0; i < lanes; ++i) all |= uint32_t(c.in[i] & 1) << i;
     c.out.fill(all);
@@ -392,13 +391,12 @@ uint32_t ballot(bool predicate, Where where) {
 }
 
 void syncwarp(Where where) {
-  machine().collective("bar.warp.sync", where, 0, nullptr, nullptr,
-                       [](Warp& w, Collective&) { machine().join_lanes(w); });
+  machine().collective("bar.warp.sync", where, 0, nullptr, [](Warp& w, Collective&) { machine().join_lanes(w); });
 }
 
 bool elect(Where where) {
   Machine& m = machine();
-  m.collective("elect.sync", where, 0, nullptr, nullptr, [](Warp&, Collective& c) {
+  m.collective("elect.sync", where, 0, nullptr, [](Warp&, Collective& c) {
     c.out.fill(0);
     c.out[0] = 1;
   });
@@ -413,7 +411,7 @@ void setmaxnreg(int registers, bool increase, Where where) {
   if (!m.kernel_.registers) fail(where, "setmaxnreg in a kernel that does not name its registers at launch");
   if (increase ? registers < warp.registers : registers > warp.registers)
     fail(where, text("%s to %d, but the warp has %d", what, registers, warp.registers));
-  m.collective(what, where, registers, nullptr, nullptr, [](Warp&, Collective&) {});
+  m.collective(what, where, registers, nullptr, [](Warp&, Collective&) {});
   if (m.self().lane == 0) {
     int more = (registers - warp.registers) * lanes;
     while (more > block.free_registers)
@@ -423,7 +421,7 @@ void setmaxnreg(int registers, bool increase, Where where) {
     for (auto& thread : block.threads)
       if (thread->wait.kind == Wait::registers) m.wake(thread.get());
   }
-  m.collective(what, where, registers, nullptr, nullptr, [](Warp&, Collective&) {});
+  m.collective(what, where, registers, nullptr, [](Warp&, Collective&) {});
 }
 
 // ---- asynchronous operations ----

@@ -135,7 +135,6 @@ struct Collective {
   uint32_t present = 0;
   std::array<uint64_t, lanes> in, out;
   std::array<void*, lanes> pointers;
-  std::array<std::array<uint32_t, 4>, lanes> fragments;
   uint64_t generation = 0;
 };
 
@@ -197,7 +196,6 @@ struct Block {
 
 struct Usage {                   // of one buffer in global memory
   std::vector<uint8_t> touched;  // a bit each 16 bytes
-  std::vector<int32_t> writer;   // of each 16 bytes: block + 1
 };
 
 struct Counts {
@@ -235,7 +233,7 @@ class Machine {
   void wake(Thread* thread) { thread->ready = true; }
 
   // The action of the last lane to come; `act` sees what all lanes brought.
-  void collective(const char* what, const Where& where, uint64_t in, void* pointer, const uint32_t* fragment,
+  void collective(const char* what, const Where& where, uint64_t in, void* pointer,
                   const std::function<void(Warp&, Collective&)>& act);
   uint64_t collective_result() { return current_->warp->collective.out[current_->lane]; }
   Clock join_lanes(Warp& warp);      // what all of them know, before the release that this is
@@ -285,7 +283,6 @@ class Machine {
   int components_ = 0;
   int warps_ = 0;                               // of the cluster
   std::vector<std::unique_ptr<Block>> blocks_;  // of the cluster that runs
-  std::vector<Thread*> cluster_waiting_;
   int cluster_arrived_ = 0;
   uint64_t cluster_generation_ = 0;
   Clock cluster_clock_, cluster_released_;  // of those that have come, and of those whose barrier is complete

@@ -238,7 +238,7 @@ void store_shared(uint32_t address, const void* value, int bytes, Where where) {
 
 void ldmatrix(uint32_t* fragment, int matrices, bool transposed, uint32_t address, Where where) {
   Machine& m = machine();
-  m.collective("ldmatrix", where, address, fragment, nullptr, [&](Warp& warp, Collective& c) {
+  m.collective("ldmatrix", where, address, fragment, [&](Warp& warp, Collective& c) {
     for (int matrix = 0; matrix < matrices; ++matrix) {
       uint16_t rows[8][8];
       for (int row = 0; row < 8; ++row) {
@@ -263,7 +263,7 @@ void ldmatrix(uint32_t* fragment, int matrices, bool transposed, uint32_t addres
 void stmatrix(const uint32_t* fragment, int matrices, bool transposed, uint32_t address, Where where) {
   Machine& m = machine();
   m.check_accumulators(fragment, matrices * 4, "stmatrix", where);
-  m.collective("stmatrix", where, address, const_cast<uint32_t*>(fragment), nullptr, [&](Warp& warp, Collective& c) {
+  m.collective("stmatrix", where, address, const_cast<uint32_t*>(fragment), [&](Warp& warp, Collective& c) {
     for (int matrix = 0; matrix < matrices; ++matrix) {
       uint16_t rows[8][8];
       for (int lane = 0; lane < lanes; ++lane) {

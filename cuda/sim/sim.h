@@ -74,7 +74,7 @@ void stmatrix(const uint32_t* fragment, int matrices, bool transposed, uint32_t 
 // ---- barriers ----
 
 void mbarrier_init(uint32_t barrier, uint32_t arrivals, Where where);
-void mbarrier_arrive(uint32_t barrier, int unused, Where where);
+void mbarrier_arrive(uint32_t barrier, Where where);
 void mbarrier_expect_tx(uint32_t barrier, uint32_t bytes, Where where);
 void mbarrier_wait(uint32_t barrier, uint32_t parity, Where where);
 void fence_mbarrier_init(Where where);

@@ -114,7 +114,7 @@ void Machine::check_accumulators(const void* value, int bytes, const char* what,
 }
 
 void wgmma_fence(Where where) {
-  machine().collective("wgmma.fence", where, 0, nullptr, nullptr, [](Warp& w, Collective&) { w.fenced = true; });
+  machine().collective("wgmma.fence", where, 0, nullptr, [](Warp& w, Collective&) { w.fenced = true; });
 }
 
 void wgmma(Format format, int n, float* d, const uint32_t* a_fragment, uint64_t a, uint64_t b, bool transposed_b,
@@ -126,7 +126,7 @@ void wgmma(Format format, int n, float* d, const uint32_t* a_fragment, uint64_t 
     uint64_t a, b;
     bool accumulate;
   } call{d, a_fragment, a, b, accumulate};
-  m.collective("wgmma", where, 0, &call, nullptr, [&](Warp& warp, Collective& c) {
+  m.collective("wgmma", where, 0, &call, [&](Warp& warp, Collective& c) {
     auto of = [&](int lane) -> Call& { return *static_cast<Call*>(c.pointers[lane]); };
     const Call& first = of(0);
     for (int i = 1; i < lanes; ++i)
@@ -262,7 +262,7 @@ void Machine::check_registers(const Accumulator& accumulator, const Where& where
 }
 
 void wgmma_commit_group(Where where) {
-  machine().collective("wgmma.commit_group", where, 0, nullptr, nullptr, [](Warp& w, Collective&) {
+  machine().collective("wgmma.commit_group", where, 0, nullptr, [](Warp& w, Collective&) {
     w.groups.push_back(std::move(w.open_group));
     w.open_group.clear();
   });
@@ -271,57 +271,54 @@ void wgmma_commit_group(Where where) {
 void wgmma_wait_group(int pending, std::initializer_list<float*> accumulators, Where where) {
   Machine& m = machine();
   Warp& warp = *m.self().warp;
-  m.collective("wgmma.wait_group", where, 0, nullptr, nullptr, [](Warp&, Collective&) {});
+  m.collective("wgmma.wait_group", where, 0, nullptr, [](Warp&, Collective&) {});
   size_t keep = pending;
   if (warp.groups.size() > keep)
     for (size_t g = 0; g < warp.groups.size() - keep; ++g)
       for (size_t i = 0; i < warp.groups[g].size(); ++i)
         while (!warp.groups[g][i]->done()) m.block_on({.kind = Wait::wgmma, .what = "wgmma.wait_group"}, where);
-  m.collective(
-      "wgmma.wait_group", where, 0, const_cast<float**>(accumulators.begin()), nullptr, [&](Warp& warp, Collective& c) {
-        while (warp.groups.size() > keep) {
-          // The reads are over as of now; whoever overwrites the operands must hear of it from here.
-          for (auto& o : warp.groups.front())
-            for (uint32_t piece : o->pieces) m.note_read(*warp.block, piece, 16, *warp.threads[0]);
-          warp.groups.pop_front();
-        }
-        auto named = static_cast<float**>(c.pointers[0]);
-        for (auto it = warp.accumulators.begin(); it != warp.accumulators.end();) {
-          auto& [registers, accumulator] = *it;
-          bool is_named = std::find(named, named + accumulators.size(), registers) != named + accumulators.size();
-          if (accumulator->pending) {
-            if (is_named) fail(where, "wgmma.wait_group names an accumulator that is still in flight");
-            ++it;
-            continue;
-          }
-          m.check_registers(*accumulator, where);
-          bool in_a_group = false;  // complete by chance, but not waited for
-          for (auto& group : warp.groups)
-            for (auto& o : group) in_a_group |= o->accumulator == accumulator.get();
-          for (auto& o : warp.open_group) in_a_group |= o->accumulator == accumulator.get();
-          if (in_a_group) {
-            if (is_named) fail(where, "wgmma.wait_group names an accumulator that is still in flight");
-            ++it;
-            continue;
-          }
-          if (!is_named) fail(where, "wgmma.wait_group does not name an accumulator that it completes");
-          for (int lane = 0; lane < lanes; ++lane)
-            for (int i = 0; i < accumulator->n / 2; ++i)
-              accumulator->registers[lane][i] =
-                  accumulator->values[row_of(lane, i) * accumulator->n + column_of(lane, i)];
-          it = warp.accumulators.erase(it);
-        }
-        for (Fragment& fragment : warp.fragments)
-          if (fragment.operation->done())
-            for (int lane = 0; lane < lanes; ++lane)
-              if (memcmp(fragment.registers[lane], fragment.values[lane].data(), 16))
-                fail(where,
-                     text("the operand A in registers of lane %d was touched while its wgmma was in flight", lane));
-        std::erase_if(warp.fragments, [](Fragment& f) { return f.operation->done(); });
-        for (Thread* t : warp.threads) t->time = std::max(t->time, warp.operations_end);
-        m.join_lanes(warp);
-        warp.fenced = false;
-      });
+  m.collective("wgmma.wait_group", where, 0, const_cast<float**>(accumulators.begin()), [&](Warp& warp, Collective& c) {
+    while (warp.groups.size() > keep) {
+      // The reads are over as of now; whoever overwrites the operands must hear of it from here.
+      for (auto& o : warp.groups.front())
+        for (uint32_t piece : o->pieces) m.note_read(*warp.block, piece, 16, *warp.threads[0]);
+      warp.groups.pop_front();
+    }
+    auto named = static_cast<float**>(c.pointers[0]);
+    for (auto it = warp.accumulators.begin(); it != warp.accumulators.end();) {
+      auto& [registers, accumulator] = *it;
+      bool is_named = std::find(named, named + accumulators.size(), registers) != named + accumulators.size();
+      if (accumulator->pending) {
+        if (is_named) fail(where, "wgmma.wait_group names an accumulator that is still in flight");
+        ++it;
+        continue;
+      }
+      m.check_registers(*accumulator, where);
+      bool in_a_group = false;  // complete by chance, but not waited for
+      for (auto& group : warp.groups)
+        for (auto& o : group) in_a_group |= o->accumulator == accumulator.get();
+      for (auto& o : warp.open_group) in_a_group |= o->accumulator == accumulator.get();
+      if (in_a_group) {
+        if (is_named) fail(where, "wgmma.wait_group names an accumulator that is still in flight");
+        ++it;
+        continue;
+      }
+      if (!is_named) fail(where, "wgmma.wait_group does not name an accumulator that it completes");
+      for (int lane = 0; lane < lanes; ++lane)
+        for (int i = 0; i < accumulator->n / 2; ++i)
+          accumulator->registers[lane][i] = accumulator->values[row_of(lane, i) * accumulator->n + column_of(lane, i)];
+      it = warp.accumulators.erase(it);
+    }
+    for (Fragment& fragment : warp.fragments)
+      if (fragment.operation->done())
+        for (int lane = 0; lane < lanes; ++lane)
+          if (memcmp(fragment.registers[lane], fragment.values[lane].data(), 16))
+            fail(where, text("the operand A in registers of lane %d was touched while its wgmma was in flight", lane));
+    std::erase_if(warp.fragments, [](Fragment& f) { return f.operation->done(); });
+    for (Thread* t : warp.threads) t->time = std::max(t->time, warp.operations_end);
+    m.join_lanes(warp);
+    warp.fenced = false;
+  });
 }
 
 }  // namespace jaxkern::cuda::sim

@@ -4,7 +4,7 @@ without a kernel. Written for reading; nothing here is tuned."""
 from jaxkern.reference.gemm import gemm, grouped_gemm, k_grouped_gemm
 from jaxkern.reference.mla import gather_pages, mla_decode, mla_prefill, mla_prefill_backward
 from jaxkern.reference.moe import assign_slots, dot_rows, gather_rows, route, sum_rows
-from jaxkern.reference.quantize import dequantize, quantize
+from jaxkern.reference.quantize import dequantize, quantize, quantize_along_tokens, swiglu_quantize
 
 __all__ = [
     "assign_slots",
@@ -19,6 +19,8 @@ __all__ = [
     "mla_prefill",
     "mla_prefill_backward",
     "quantize",
+    "quantize_along_tokens",
     "route",
     "sum_rows",
+    "swiglu_quantize",
 ]

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from jaxkern.reference.groups import groups_of
 from jaxkern.reference.quantize import expand_blocks
 
 
@@ -18,21 +19,27 @@ def gemm(a, a_scales, b, b_scales, accumulator, *, a_block, b_block, transpose_a
     return (out.astype(out_dtype),)
 
 
-def grouped_gemm(a, a_scales, b, b_scales, group_sizes, *, a_block, b_block, transpose_b, group_alignment, out_dtype):
+def grouped_gemm(
+    a, a_scales, b, b_scales, group_sizes, *, a_block, b_block, transpose_b, group_alignment, group_stride, out_dtype
+):
     """a [1, m, k], b [g, n, k] or, transposed, [g, k, n] -> [m, n]."""
     a, b = _plain(a, a_scales, a_block)[0], _plain(b, b_scales, b_block)
     b = b if transpose_b else b.swapaxes(1, 2)
-    starts, sizes, owner = groups_of(group_sizes, group_alignment, a.shape[0])
+    starts, _, owner = groups_of(group_sizes, a.shape[0], group_alignment, group_stride)
     a = jnp.where(owner[:, None] >= 0, a, 0)
     spans = jnp.diff(starts, append=a.shape[0])  # the gap after a group counts as its own: it is zero
     out = jax.lax.ragged_dot(a, b, spans, precision="highest")
     return (jnp.where(owner[:, None] >= 0, out, 0).astype(out_dtype),)
 
 
-def k_grouped_gemm(a, b, group_sizes, accumulator, *, group_alignment, accumulate):
-    """a [t, m], b [t, n] -> [g, m, n]."""
-    _, _, owner = groups_of(group_sizes, group_alignment, a.shape[0])
-    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+def k_grouped_gemm(
+    a, a_scales, b, b_scales, group_sizes, accumulator, *, a_block, b_block, group_alignment, group_stride, accumulate
+):
+    """a [t, m], b [t, n] or, with scales, a [m, t], b [n, t] -> [g, m, n]."""
+    a, b = _plain(a, a_scales, a_block), _plain(b, b_scales, b_block)
+    if tuple(a_block) != (0, 0):
+        a, b = a.T, b.T
+    _, _, owner = groups_of(group_sizes, a.shape[0], group_alignment, group_stride)
 
     def one(group):
         mine = (owner == group)[:, None]
@@ -40,22 +47,6 @@ def k_grouped_gemm(a, b, group_sizes, accumulator, *, group_alignment, accumulat
 
     out = jax.lax.map(one, jnp.arange(group_sizes.shape[0], dtype=jnp.int32))
     return (out + accumulator if accumulate else out,)
-
-
-def groups_of(group_sizes, alignment, rows):
-    """Each group's start [g] and size [g], cut to what `rows` holds, and each row's group [rows], -1 for no group."""
-
-    def place(start, size):
-        size = jnp.clip(size, 0, rows - start)
-        end = start + size
-        return jnp.minimum(end + (-end) % alignment, rows), (start, size)
-
-    first = jax.lax.full_like(group_sizes, 0, shape=())
-    _, (starts, sizes) = jax.lax.scan(place, first, group_sizes)
-    row = jnp.arange(rows, dtype=jnp.int32)[:, None]
-    inside = (row >= starts) & (row < starts + sizes)
-    owner = jnp.where(inside.any(1), jnp.argmax(inside, axis=1).astype(jnp.int32), -1)
-    return starts, sizes, owner
 
 
 def _plain(values, scales, block):

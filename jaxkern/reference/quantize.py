@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from jaxkern.reference.groups import groups_of
+
 FP8_MAX = 448.0
 MIN_AMAX = 1e-4
 
@@ -16,12 +18,33 @@ def quantize(x, *, block_shape, scale_format):
     if scale_format != "float32":
         scales = ceil_power_of_two(scales)
     values = (x / expand_blocks(scales, block_shape, x.shape)).astype(jnp.float8_e4m3fn)
+    # Otherwise XLA, which may keep excess precision, drops the rounding where the values are dequantised at once.
+    values = jax.lax.optimization_barrier(values)
     return values, scales.astype(jnp.float8_e8m0fnu) if scale_format == "ue8m0" else scales
 
 
 def dequantize(values, scales, *, block_shape, dtype=jnp.float32):
     scales = expand_blocks(scales.astype(jnp.float32), block_shape, values.shape)
     return ((values.astype(jnp.float32) * scales).astype(dtype),)
+
+
+def quantize_along_tokens(x, group_sizes, *, group_alignment, scale_format, tokens):
+    """x [t, m] -> values [m, tokens], scales [m, tokens / 128]."""
+    starts, sizes, _ = groups_of(group_sizes, x.shape[0], group_alignment)
+    new_starts, _, owner = groups_of(sizes, tokens, 128)
+    shift = jnp.append(starts - new_starts, 0)  # the last for tokens of no group, which are -1
+    row = shift[owner] + jnp.arange(tokens, dtype=jnp.int32)
+    x = jnp.where(owner[:, None] >= 0, x.at[row].get(mode="clip"), 0)
+    values, scales = quantize(x.T[None], block_shape=(1, 128), scale_format=scale_format)
+    return values[0], scales[0]
+
+
+def swiglu_quantize(gate, up, weights, *, paired, weighted, scale_format):
+    """gate and up [b, m, i], or both beside each other in the first [b, m, 2i]; weights [b, m] -> as quantize."""
+    gate, up = (gate, up) if paired else jnp.split(gate, 2, axis=-1)
+    y = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    y = y * weights[..., None] if weighted else y
+    return quantize(y, block_shape=(1, 128), scale_format=scale_format)
 
 
 def block_amax(x, block_shape):

@@ -41,7 +41,8 @@ def from_pretrained(path, *, mesh=None, dtype=None, quantized: bool = True) -> D
 
     Shapes and dtypes: dtype None keeps the checkpoint's dtypes, activations having the embedding's; otherwise every
         float parameter and the activations get it (the router's bias stays float32, FP8 weights stay FP8).
-        quantized=False turns FP8 weights into arrays of dtype (None: the embedding's), as training needs them.
+        quantized=False turns FP8 weights into arrays of dtype (None: the embedding's), as training needs them;
+        otherwise products with them are FP8 too, unless the model's `fp8` is set to False.
     Sharding: tensors go straight to the mesh, one at a time; a device gets only its own experts.
     Errors: FileNotFoundError without a checkpoint; ValueError naming the tensor that is missing, unexpected, or of the
         wrong shape or dtype, or naming the config key that is not supported.

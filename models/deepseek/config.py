@@ -57,6 +57,8 @@ class Config:
     eos_token_id: int | tuple[int, ...] | None = 1
     # FP8 weights with one scale a block of 128 x 128.
     quantized: bool = False
+    # The format of the scales that products in FP8 compute, "float32" or "ue8m0": see `jaxkern.quantize`.
+    scale_format: str = "float32"
     # The config.json that this was read from: `to_hf` gives it back. No part of what the model is.
     source: dict[str, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
 
@@ -112,7 +114,8 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 
 
 # Keys of config.json whose value is a field of the same name.
-_FIELDS = tuple(f.name for f in dataclasses.fields(Config) if f.name not in ("rope", "quantized", "source"))
+_OTHER_FIELDS = ("rope", "quantized", "scale_format", "source")
+_FIELDS = tuple(f.name for f in dataclasses.fields(Config) if f.name not in _OTHER_FIELDS)
 _REQUIRED = tuple(
     """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads q_lora_rank kv_lora_rank
     qk_nope_head_dim qk_rope_head_dim v_head_dim n_routed_experts""".split()
@@ -195,7 +198,7 @@ def _from_dict(source: dict[str, Any]) -> Config:
     values.setdefault("max_position_embeddings", Config.max_position_embeddings)
     values["rope"] = _rope(source, values["max_position_embeddings"])
     seen |= {"rope_theta", "rope_scaling", "rope_parameters"}
-    values["quantized"] = _quantized(source.get("quantization_config"))
+    values |= _quantization(source.get("quantization_config"))
     seen.add("quantization_config")
     config = Config(**values, source=dict(source))
     # Keys that say again what others say.
@@ -245,9 +248,9 @@ def _rope(source: dict[str, Any], max_position_embeddings: int) -> Rope:
     return Rope(**{_ROPE_KEYS[key]: value for key, value in given.items() if value is not None})
 
 
-def _quantized(quantization: dict[str, Any] | None) -> bool:
+def _quantization(quantization: dict[str, Any] | None) -> dict[str, Any]:
     if not quantization:
-        return False
+        return {}
     for key, value in quantization.items():
         if key not in _QUANTIZATION or value not in _QUANTIZATION[key]:
             allowed = f", one of {_QUANTIZATION[key]} is" if key in _QUANTIZATION else ""
@@ -255,7 +258,7 @@ def _quantized(quantization: dict[str, Any] | None) -> bool:
     for key in ("quant_method", "weight_block_size"):
         if key not in quantization:
             raise ValueError(f"config.json: quantization_config: {key} is missing")
-    return True
+    return {"quantized": True, "scale_format": "ue8m0" if quantization.get("scale_fmt") == "ue8m0" else "float32"}
 
 
 def _to_dict(config: Config) -> dict[str, Any]:
@@ -270,6 +273,7 @@ def _to_dict(config: Config) -> dict[str, Any]:
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         "weight_block_size": [128, 128],
+        **({"scale_fmt": "ue8m0"} if config.scale_format == "ue8m0" else {}),
     }
     return {
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -292,6 +296,7 @@ def _check(config: Config):
         require(isinstance(getattr(config, key), int) and getattr(config, key) > 0, key, "a positive integer")
     for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "moe_layer_freq"):
         require(isinstance(getattr(config, key), int) and getattr(config, key) > 0, key, "a positive integer")
+    require(config.scale_format in ("float32", "ue8m0"), "scale_format", "'float32' or 'ue8m0'")
     require(config.q_lora_rank is None or config.q_lora_rank > 0, "q_lora_rank", "null or positive")
     require(config.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "even")
     if config.n_routed_experts:

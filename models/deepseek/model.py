@@ -43,8 +43,15 @@ class DeepseekForCausalLM(nnx.Module):
     """DeepSeek-V3 with its language model head.
 
     Attributes that may be set at any time: `implementation`, passed to every jaxkern op; `dtype`, of the activations;
-    `expert_capacity`, the rows that one device's experts receive in a forward pass, None being the exact worst case (a
-    smaller number saves memory and drops what does not fit: the training metric "dropped" counts it).
+    `fp8`, whether the layers' products run in FP8 (below); `expert_capacity`, the rows that one device's experts
+    receive in a forward pass, None being the exact worst case (a smaller number saves memory and drops what does not
+    fit: the training metric "dropped" counts it).
+
+    With `fp8`, every projection, MLP and expert multiplies as DeepSeek-V3 does: activations quantised in blocks of
+    (1, 128) as they come, weights in blocks of (128, 128), those of an FP8 checkpoint as they are, and the gradients'
+    products likewise. The embedding, the head, the router, the norms and the attention core stay as they are; so do
+    the parameters. It is set where the weights are FP8; without it FP8 weights multiply plain activations (weight
+    only). Activations have the format of scales that config.json names.
     """
 
     def __init__(
@@ -67,6 +74,7 @@ class DeepseekForCausalLM(nnx.Module):
         self.mesh = mesh
         self.dtype = np.dtype(dtype)
         self.implementation = None
+        self.fp8 = config.quantized
         self.expert_capacity = None
         self.checkpoint = Extras()
         init = Init(rngs, np.dtype(param_dtype), config.initializer_range, mesh)
@@ -114,12 +122,15 @@ class Extras:
 class Run:
     """How a forward pass computes: one for all layers.
 
+    fp8: whether layers multiply in FP8, with scales of scale_format.
     axis_name: the mesh axes that the experts are spread over; None on one device.
     remat: whether each layer's activations are computed again in the backward pass instead of being kept.
     """
 
     dtype: np.dtype
     implementation: str | None = None
+    fp8: bool = False
+    scale_format: str = "float32"
     axis_name: tuple[str, ...] | str | None = None
     expert_capacity: int | None = None
     remat: bool = False
@@ -300,10 +311,10 @@ class Attention(nnx.Module):
 
     def _absorbed(self, run):
         """kv_b_proj as one matrix a head: nope -> latent [h, latent, nope] and latent -> v [h, v, latent]."""
-        weight = self.kv_b_proj.matrix(run.dtype)
+        weight = self.kv_b_proj.matrix()
         if isinstance(weight, jaxkern.ScaledArray):
             weight = jaxkern.dequantize(weight, run.dtype, implementation=run.implementation)
-        weight = weight.reshape(self.config.num_attention_heads, -1, self.config.kv_lora_rank)
+        weight = weight.astype(run.dtype).reshape(self.config.num_attention_heads, -1, self.config.kv_lora_rank)
         to_latent, from_latent = jnp.split(weight, [self.config.qk_nope_head_dim], axis=1)
         return to_latent.swapaxes(1, 2), from_latent
 
@@ -315,7 +326,8 @@ class MLP(nnx.Module):
         self.down_proj = Linear(init, config.hidden_size, width, quantized=config.quantized)
 
     def __call__(self, x, run: Run):
-        return self.down_proj(jax.nn.silu(self.gate_proj(x, run)) * self.up_proj(x, run), run)
+        weights = self.gate_proj.matrix(), self.up_proj.matrix(), self.down_proj.matrix()
+        return swiglu(x.reshape(-1, x.shape[-1]), weights, None, run).reshape(x.shape)
 
 
 class MoE(nnx.Module):
@@ -399,12 +411,8 @@ class Experts(nnx.Module):
         self.down_proj = linear(config.hidden_size, config.moe_intermediate_size)
 
     def __call__(self, x, group_sizes, run: Run):
-        def linear(layer, x):
-            return jaxkern.grouped_gemm(
-                x, layer.matrix(x.dtype), group_sizes, out_dtype=x.dtype, implementation=run.implementation
-            )
-
-        return linear(self.down_proj, jax.nn.silu(linear(self.gate_proj, x)) * linear(self.up_proj, x))
+        weights = self.gate_proj.matrix(), self.up_proj.matrix(), self.down_proj.matrix()
+        return swiglu(x, weights, group_sizes, run)
 
 
 class Linear(nnx.Module):
@@ -422,13 +430,13 @@ class Linear(nnx.Module):
             self.bias = init.variable(nnx.Param, jnp.zeros(out, init.dtype))
 
     def __call__(self, x, run: Run):
-        out = matmul(x, self.matrix(x.dtype), run)
+        out = linear(x.reshape(-1, x.shape[-1]), self.matrix(), None, run).reshape(*x.shape[:-1], -1)
         return out + self.bias[...].astype(out.dtype) if hasattr(self, "bias") else out
 
-    def matrix(self, dtype) -> jax.Array | jaxkern.ScaledArray:
+    def matrix(self) -> jax.Array | jaxkern.ScaledArray:
         if isinstance(self.weight, QuantizedWeight):
             return jaxkern.ScaledArray(self.weight[...], self.weight_scale_inv[...], WEIGHT_BLOCK)
-        return self.weight[...].astype(dtype)
+        return self.weight[...]
 
 
 class Weight(nnx.Module):
@@ -451,11 +459,53 @@ class Norm(nnx.Module):
         return self.weight[...].astype(x.dtype) * x32.astype(x.dtype)
 
 
-def matmul(x, weight, run: Run, out_dtype=None):
-    """[..., k] x [n, k] -> [..., n]."""
-    rows = x.reshape(-1, x.shape[-1])
-    out = jaxkern.gemm(rows, weight, out_dtype=out_dtype or x.dtype, implementation=run.implementation)
-    return out.reshape(*x.shape[:-1], out.shape[-1])
+def linear(x, weight, group_sizes, run: Run):
+    """x [t, k] x weight [n, k] -> [t, n]; with group_sizes the rows of each expert x its [n, k] of [experts, n, k]."""
+    groups = () if group_sizes is None else (group_sizes,)
+    options = {"out_dtype": run.dtype, "implementation": run.implementation}
+    if isinstance(x, jaxkern.ScaledArray) or not run.fp8:
+        if not isinstance(weight, jaxkern.ScaledArray):
+            weight = weight.astype(run.dtype)
+        return (jaxkern.grouped_gemm if groups else jaxkern.gemm)(x, weight, *groups, **options)
+    fp8 = jaxkern.fp8_grouped_linear if groups else jaxkern.fp8_linear
+    return fp8(x, weight, *groups, scale_format=run.scale_format, **options)
+
+
+def swiglu(x, weights, group_sizes, run: Run):
+    """down(silu(gate(x)) * up(x)) for rows x [t, hidden], each weight of (gate, up, down) as in `linear`."""
+    if run.fp8 and isinstance(weights[0], jaxkern.ScaledArray):
+        return _fused_swiglu(run, x, weights, group_sizes)
+    return _swiglu(run, x, weights, group_sizes)
+
+
+def _swiglu(run, x, weights, group_sizes):
+    gate, up, down = weights
+    return linear(
+        jax.nn.silu(linear(x, gate, group_sizes, run)) * linear(x, up, group_sizes, run), down, group_sizes, run
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused_swiglu(run, x, weights, group_sizes):
+    """FP8 from end to end: x quantised once, and what lies between the products is written only in FP8."""
+    gate, up, down = weights
+    options = {"scale_format": run.scale_format, "implementation": run.implementation}
+    x = jaxkern.quantize(x, **options)
+    both = linear(x, gate, group_sizes, run), linear(x, up, group_sizes, run)
+    return linear(jaxkern.swiglu_quantize(both, **options), down, group_sizes, run)
+
+
+def _fused_swiglu_forward(run, x, weights, group_sizes):
+    return _fused_swiglu(run, x, weights, group_sizes), (x, weights, group_sizes)
+
+
+def _fused_swiglu_backward(run, saved, g):
+    x, weights, group_sizes = saved
+    (dx,) = jax.vjp(lambda x: _swiglu(run, x, weights, group_sizes), x)[1](g)
+    return dx, None, None  # the weights are frozen
+
+
+_fused_swiglu.defvjp(_fused_swiglu_forward, _fused_swiglu_backward)
 
 
 def per_head(x, weights, run: Run):
@@ -469,7 +519,9 @@ def per_head(x, weights, run: Run):
 def head(parts: dict, x, run: Run):
     """The logits, float32, of hidden states after the final norm."""
     weight = (parts["lm_head"] or parts["model"].embed_tokens).weight[...]
-    return matmul(x, weight.astype(x.dtype), run, out_dtype=jnp.float32)
+    rows, weight = x.reshape(-1, x.shape[-1]), weight.astype(x.dtype)
+    logits = jaxkern.gemm(rows, weight, out_dtype=jnp.float32, implementation=run.implementation)
+    return logits.reshape(*x.shape[:-1], -1)
 
 
 def rope_angles(config: Config, positions):
@@ -575,7 +627,15 @@ class Program:
         axes = mesh.axis_names if mesh is not None else ()
         specs = tuple(P(axes) if is_spread(path) and mesh is not None else P() for path, _ in paths)
         axis_name = None if mesh is None else axes[0] if len(axes) == 1 else tuple(axes)
-        run = Run(np.dtype(model.dtype), model.implementation, axis_name, model.expert_capacity, **options)
+        run = Run(
+            np.dtype(model.dtype),
+            model.implementation,
+            model.fp8,
+            model.config.scale_format,
+            axis_name,
+            model.expert_capacity,
+            **options,
+        )
         return cls(graph, tree, specs, model.config, mesh, run), [leaf for _, leaf in paths]
 
     @property

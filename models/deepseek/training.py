@@ -53,10 +53,12 @@ def make_train_step(
         activations are computed again in the backward pass. After the update each router's bias moves by
         bias_update_speed * sign(mean load - load); no gradient reaches it.
     Sharding: the model's mesh.
-    Gradient: to every `nnx.Param` the optimizer was made for; gradients add up in float32.
+    Gradient: to every `nnx.Param` the optimizer was made for; gradients add up in float32. With `model.fp8` the
+        products of linear layers, forward and backward, run in FP8 (`jaxkern.fp8_linear`); the parameters and what the
+        optimizer does stay in their dtype.
     Errors: ValueError for a batch that microbatches does not divide, or a model with FP8 weights (load it with
-        quantized=False).
-    Source: DeepSeek-V3 report, sections 2.1.2 and 4.2.
+        quantized=False, and set model.fp8 to train in FP8).
+    Source: DeepSeek-V3 report, sections 2.1.2, 3.3 and 4.2.
     """
     if microbatches < 1:
         raise ValueError(f"make_train_step: microbatches must be at least 1, got {microbatches}")
@@ -124,12 +126,15 @@ def _update(microbatches: int, remat: bool):
         program, _ = Program.of(model, remat=remat)
         objective = _objective(program)
         graph, trained, rest = nnx.split(model, optimizer.wrt, ...)
+        scale = _loss_scale(program, batch)
 
         def of_part(trained, part, whole):
             _, leaves = Program.of(nnx.merge(graph, trained, rest))
-            return objective(leaves, part, whole)
+            loss, sums = objective(leaves, part, whole)
+            return loss * scale, sums
 
         gradients, sums = _accumulate(program, of_part, trained, batch, balance_factor, microbatches)
+        gradients = jax.tree.map(lambda g: g / scale, gradients)
         sums["grad_norm"] = optax.tree.norm(gradients)
         optimizer.update(model, gradients)
         load = sums["expert_load"]
@@ -140,6 +145,14 @@ def _update(microbatches: int, remat: bool):
         return sums | {"max_violation": _max_violation(load)}
 
     return update
+
+
+def _loss_scale(program: Program, batch) -> float:
+    """What the objective is multiplied by while gradients flow back: a power of two, so that nothing else changes.
+
+    A mean over many tokens has gradients far below the 1e-4 that FP8 scales start at; those of the sum are not.
+    """
+    return 2.0 ** batch[0].size.bit_length() if program.run.fp8 else 1.0
 
 
 def _objective(program: Program) -> Callable:

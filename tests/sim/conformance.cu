@@ -1267,6 +1267,36 @@ void add_layouts(std::vector<Case>& cases) {
   }
 }
 
+// ---- what the simulator counts ----
+
+#ifdef JAXKERN_SIM
+// All lanes in one bank, all in banks of their own, half as many; 128 bytes read twice and 128 written.
+struct Counted : Kernel<32> {
+  struct Smem {
+    Tile<4096> tile;
+  };
+  DEVICE static void run(const Params& p, Smem& s) {
+    uint32_t tile = shared_address(&s.tile);
+    int lane = lane_index();
+    store_shared(tile + 128 * lane, load_global<uint32_t>(p.in, lane));
+    syncwarp();
+    store_shared(tile + 4 * lane, load_global<uint32_t>(p.in, lane));
+    syncwarp();
+    store_shared(tile + 8 * lane, 0u);
+    store_global(p.out, lane, 1u);
+  }
+};
+
+void counts() {
+  sim::clear_statistics();
+  outputs<Counted>(random_words(32), 32);
+  std::string counted = sim::statistics();
+  for (const char* part : {"\"launches\": 1,", "\"least_bytes\": 256,", "\"moved_bytes\": 384,",
+                           "\"shared_accesses\": 3,", "\"bank_conflicts\": 32,"})
+    require(counted.find(part) != std::string::npos, text("%s is not in %s", part, counted.c_str()));
+}
+#endif
+
 std::vector<Case> all_cases() {
   std::vector<Case> cases = {
       {"indices", indices},
@@ -1288,6 +1318,9 @@ std::vector<Case> all_cases() {
       {"rcp", reciprocal},
       {"fma", multiply_add},
       {"max_u16x2", maximum},
+#ifdef JAXKERN_SIM
+      {"counts of the simulator", counts},
+#endif
       {"mbarrier phases", phases},
       {"mbarrier bytes", transactions},
       {"bar.sync, bar.arrive", named_barriers},

@@ -1,0 +1,154 @@
+"""The Hopper kernels of grouped products: against the reference, in any order of what runs at the same time."""
+
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from contract import HOPPER_IMPLEMENTATION, normal
+
+from jaxkern import ScaledArray, grouped_gemm, k_grouped_gemm, masked_grouped_gemm, quantize
+
+gemm = importlib.import_module("jaxkern.gemm")  # the module; jaxkern.gemm is its function
+pytestmark = pytest.mark.skipif(HOPPER_IMPLEMENTATION == "none", reason="no implementation to test")
+
+# The tensor cores keep 13 bits of a sum; the simulator, told nothing, all of float32.
+SUMS = 1e-5 if HOPPER_IMPLEMENTATION == "sim" else 2.0**-11
+# group_sizes, group_alignment, rows. Groups of up to 64 rows and larger ones have kernels of their own.
+ROWS = [
+    ([70, 0, 3, 100], 1, 200),
+    ([130, 20, 64, 65], 4, 300),
+    ([1, 7, 0, 16, 9, 17, 33], 1, 90),
+    ([300, -4, 1000, 5], 128, 500),  # cut to what there is
+    ([0, 0], 1, 64),
+    ([256], 1, 256),
+    ([600, 700], 1, 1300),  # the large tile, of two blocks together
+    ([2**31 - 1, 2**31 - 1, 2**31 - 1], 3, 100),
+]
+
+
+def simulated(run, simulator):
+    """Under each of eight seeds the same bits."""
+    first = np.asarray(run())
+    if HOPPER_IMPLEMENTATION == "sim":
+        for seed in range(1, 8):
+            simulator.configure(seed=seed)
+            np.testing.assert_array_equal(np.asarray(run()), first)
+    return first
+
+
+def check(got, want, out_dtype):
+    step = SUMS + (2.0**-7 if out_dtype == jnp.bfloat16 else 0)
+    want = np.asarray(want, np.float32)
+    np.testing.assert_allclose(np.asarray(got, np.float32), want, rtol=step, atol=SUMS * np.abs(want).max(initial=1))
+
+
+def spoiled(a: ScaledArray, mine: np.ndarray, axis: int) -> ScaledArray:
+    """NaN in all rows, or columns, that are not `mine`."""
+    mine = mine[:, None] if axis == 0 else mine[None, :]
+    nan = jnp.asarray(np.nan, ml_dtypes.float8_e4m3fn)
+    return ScaledArray(jnp.where(mine, a.values, nan), a.scales, a.block_shape)
+
+
+def owners(sizes, alignment, rows):
+    """Whether each row is in a group."""
+    mine, start = np.zeros(rows, bool), 0
+    for size in sizes:
+        end = min(start + max(size, 0), rows)
+        mine[start:end] = True
+        start = min(-(-end // alignment) * alignment, rows)
+    return mine
+
+
+@pytest.mark.parametrize("b_block", [(128, 128), (1, 128)], ids=str)
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("sizes,alignment,m", ROWS, ids=str)
+def test_grouped_gemm(sizes, alignment, m, out_dtype, b_block, simulator):
+    n, k = 192, 272
+    a = spoiled(quantize(normal(m, k)), owners(sizes, alignment, m), 0)
+    b = quantize(normal(len(sizes), n, k, seed=1), b_block)
+    run = functools.partial(
+        grouped_gemm, a, b, jnp.asarray(sizes, jnp.int32), group_alignment=alignment, out_dtype=out_dtype
+    )
+    got = simulated(functools.partial(run, implementation=HOPPER_IMPLEMENTATION), simulator)
+    check(got, run(implementation="xla"), out_dtype)
+    assert not got[~owners(sizes, alignment, m)].any()
+
+
+@pytest.mark.parametrize("out_dtype", [jnp.bfloat16, jnp.float32])
+@pytest.mark.parametrize("sizes,alignment,m", ROWS, ids=str)
+def test_grouped_gemm_in_bfloat16(sizes, alignment, m, out_dtype, simulator):
+    n, k = 176, 272
+    mine = owners(sizes, alignment, m)
+    a = jnp.where(mine[:, None], normal(m, k), np.nan).astype(jnp.bfloat16)
+    b = jnp.asarray(normal(len(sizes), n, k, seed=1), jnp.bfloat16)
+    run = functools.partial(
+        grouped_gemm, a, b, jnp.asarray(sizes, jnp.int32), group_alignment=alignment, out_dtype=out_dtype
+    )
+    got = simulated(functools.partial(run, implementation=HOPPER_IMPLEMENTATION), simulator)
+    check(got, run(implementation="xla"), out_dtype)
+    assert not got[~mine].any()
+
+
+def test_product_of_an_input_gradient_in_bfloat16():
+    """g b[i] for b as it is stored, [groups, n, k]: as the backward pass of grouped_gemm calls it."""
+    sizes = jnp.asarray([3, 0, 70, 20], jnp.int32)
+    g, b = (jnp.asarray(normal(*shape), jnp.bfloat16) for shape in ((100, 48), (4, 48, 80)))
+    absent = jnp.zeros((0, 0, 0), jnp.float32)
+
+    def product(implementation):
+        static = gemm._Static("grouped_gemm", out_dtype="bfloat16", implementation=implementation)
+        return gemm._call_grouped_gemm(static, g[None], absent, b, absent, sizes, transpose_b=True)
+
+    check(product(HOPPER_IMPLEMENTATION), product("xla"), jnp.bfloat16)
+
+
+def test_weight_gradient_in_bfloat16_is_refused_by_name():
+    a, b = (jnp.asarray(normal(*shape), jnp.bfloat16) for shape in ((16, 48), (2, 48, 48)))
+    sizes = jnp.asarray([3, 7], jnp.int32)
+    run = functools.partial(grouped_gemm, group_sizes=sizes, implementation=HOPPER_IMPLEMENTATION)
+    with pytest.raises(NotImplementedError, match="k_grouped_gemm: .* cannot run this call: .* both be ScaledArrays"):
+        jax.grad(lambda a: run(a, b).astype(jnp.float32).sum())(a)
+
+
+@pytest.mark.parametrize(
+    "sizes,capacity", [([70, 3, 0], 70), ([1, 7, 9, -1], 7), ([299, 0, 65], 300), ([16], 200)], ids=str
+)
+def test_masked_grouped_gemm(sizes, capacity, simulator):
+    """A capacity that is no multiple of a tile: nothing is written beyond a group, or into the next one's slab."""
+    n, k, groups = 144, 256, len(sizes)
+    mine = np.concatenate([np.arange(capacity) < size for size in sizes])
+    a = quantize(normal(groups * capacity, k))
+    a = spoiled(a, mine, 0)
+    a = ScaledArray(a.values.reshape(groups, capacity, k), a.scales.reshape(groups, capacity, -1), a.block_shape)
+    b = quantize(normal(groups, n, k, seed=1), (128, 128))
+    run = functools.partial(masked_grouped_gemm, a, b, jnp.asarray(sizes, jnp.int32))
+    got = simulated(functools.partial(run, implementation=HOPPER_IMPLEMENTATION), simulator)
+    check(got, run(implementation="xla"), jnp.bfloat16)
+    assert not got.reshape(-1, n)[~mine].any()
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("sizes,t", [([100, 0, 300], 512), ([1, 128, 129, 0, 260], 1024), ([384], 384)], ids=str)
+def test_k_grouped_gemm(sizes, t, accumulate, simulator):
+    m, n = 200, 144
+    mine = owners(sizes, 128, t)
+    a, b = (spoiled(quantize(x.T), mine, 1) for x in (normal(t, m), normal(t, n, seed=1)))
+    accumulator = normal(len(sizes), m, n, seed=2) if accumulate else None
+    run = functools.partial(
+        k_grouped_gemm, a, b, jnp.asarray(sizes, jnp.int32), group_alignment=128, accumulator=accumulator
+    )
+    got = simulated(functools.partial(run, implementation=HOPPER_IMPLEMENTATION), simulator)
+    check(got, run(implementation="xla"), jnp.float32)
+    for group, size in enumerate(sizes):
+        if size == 0:
+            np.testing.assert_array_equal(got[group], accumulator[group] if accumulate else 0)
+
+
+def test_too_many_groups_are_refused():
+    a, b = quantize(normal(16, 128)), quantize(normal(1025, 16, 128), (128, 128))
+    with pytest.raises(NotImplementedError, match="grouped_gemm: .* at most 1024 groups, got 1025"):
+        grouped_gemm(a, b, jnp.zeros(1025, jnp.int32), implementation=HOPPER_IMPLEMENTATION)
