@@ -2,29 +2,10 @@
 
 #include <cstring>
 
-#include "cpu/simd.h"
+#include "cpu/fp8.h"
 
 namespace jaxkern::cpu::JAXKERN_LEVEL {
 namespace {
-
-constexpr float kFp8Max = 448.0f;
-constexpr float kMinAmax = 1e-4f;
-
-// Calls f(column, lanes) for each register of the columns [begin, end).
-template <typename F>
-JAXKERN_INLINE void for_each_register(int64_t begin, int64_t end, F f) {
-  int64_t column = begin;
-  for (; column + kLanes <= end; column += kLanes) f(column, int64_t{kLanes});
-  if (column < end) f(column, end - column);
-}
-
-float scale_of(uint32_t amax_bits, bool power_of_two) {
-  if (amax_bits >= 0x7f800000u) return bit_cast<float>(0x7fc00000u);  // a NaN or an infinity in the block
-  float amax = bit_cast<float>(amax_bits);
-  float scale = (amax > kMinAmax ? amax : kMinAmax) / kFp8Max;
-  if (!power_of_two) return scale;
-  return bit_cast<float>((bit_cast<uint32_t>(scale) + 0x7fffffu) & 0x7f800000u);
-}
 
 void store_scale(void* scales, DType type, int64_t index, float scale) {
   uint32_t bits = bit_cast<uint32_t>(scale);
@@ -32,18 +13,6 @@ void store_scale(void* scales, DType type, int64_t index, float scale) {
     static_cast<uint8_t*>(scales)[index] = bits > 0x7f800000u ? 255 : uint8_t(bits >> 23);
   else
     static_cast<float*>(scales)[index] = scale;
-}
-
-// Magnitudes compare as integers; NaN is then the largest.
-JAXKERN_INLINE u32v larger(u32v largest, f32v x) {
-  u32v magnitude = bit_cast<u32v>(abs(x));
-  return magnitude > largest ? magnitude : largest;
-}
-
-uint32_t largest_of(u32v magnitudes) {
-  uint32_t amax = 0;
-  for (int i = 0; i < kLanes; ++i) amax = magnitudes[i] > amax ? magnitudes[i] : amax;
-  return amax;
 }
 
 struct Rows {
@@ -106,7 +75,6 @@ void dequantize_rows(const DequantizeParams& p, int64_t task) {
 
 // ---- along tokens ----
 
-constexpr int64_t kBlock = 128;
 constexpr int64_t kStripColumns = 256;  // of x in a task; their 128 tokens as float32 stay in the second-level cache
 constexpr int64_t kTokensAhead = 4;
 constexpr int64_t kStripStride = kStripColumns + 16;  // no power of two, so that the tokens spread over the cache
@@ -205,13 +173,6 @@ void swiglu_quantize_row(const SwigluQuantizeParams& p, int64_t row) {
       store_lanes(values + column, load(products + (column - begin)) / scale, lanes);
     });
   }
-}
-
-template <typename F>
-void with_float_type(DType type, F f) {
-  if (type == DType::f32) f(float{});
-  if (type == DType::bf16) f(bf16{});
-  if (type == DType::f16) f(f16{});
 }
 
 }  // namespace

@@ -33,7 +33,7 @@ class Kernel:
 
     layouts: (**params) -> (the operands', the results'): each array's axes from major to minor, None for row-major.
     attributes: the parameters that the target takes.
-    operands: (*arrays, **params) -> what the target takes for the op's own operands.
+    operands: (*arrays, **params) -> what the target takes for the op's own operands; those of `Op.aliases` in place.
     refuses: (*avals, **params) -> why the kernel cannot run this call; empty if it can.
     version: that of the targets, `jaxkern.<name>.v<version>` on GPUs and `jaxkern.sim.<name>.v<version>` on the CPU.
     """
@@ -58,6 +58,8 @@ class Op:
     sizes: parameters that are sizes of results. They may be symbolic, so the target reads them off its buffers instead.
     batch: (size, arrays, is_batched, **params) -> (arrays, params, unbatch): how to fold a leading axis of `size` into
         the operands and take it out of each result again. NotImplemented, or None here, maps the op over the axis.
+    aliases: {operand: result} that share a buffer: the kernels write such a result over its operand, of the same type,
+        which XLA copies first where the caller still needs it (it does not if the operand is donated).
     """
 
     name: str
@@ -69,6 +71,7 @@ class Op:
     hopper: Kernel | None = None
     sizes: tuple[str, ...] = ()
     batch: Callable | None = None
+    aliases: dict[int, int] = dataclasses.field(default_factory=dict)
     primitive: Primitive = dataclasses.field(init=False, compare=False)
 
     def __post_init__(self):
@@ -196,7 +199,8 @@ def _make_primitive(op: Op) -> Primitive:
         USED.setdefault(op.name, set()).add(chosen)
         if chosen == "cpu":
             attributes = {name: _attribute(value) for name, value in params.items() if name not in op.sizes}
-            return jax.ffi.ffi_lowering(op.target("cpu"))(ctx, *operands, **attributes)
+            lowering = jax.ffi.ffi_lowering(op.target("cpu"), operand_output_aliases=op.aliases)
+            return lowering(ctx, *operands, **attributes)
         run = op.reference if chosen == "xla" else functools.partial(_call_hopper, op, chosen, ctx.avals_out)
         return mlir.lower_fun(run, multiple_results=True)(ctx, *operands, **params)
 
@@ -220,7 +224,11 @@ def _make_primitive(op: Op) -> Primitive:
 def _call_hopper(op: Op, implementation: str, results, *arrays, **params):
     operand_layouts, result_layouts = op.hopper.layouts(**params)
     call = jax.ffi.ffi_call(
-        op.target(implementation), results, input_layouts=operand_layouts, output_layouts=result_layouts
+        op.target(implementation),
+        results,
+        input_layouts=operand_layouts,
+        output_layouts=result_layouts,
+        input_output_aliases=op.aliases,
     )
     attributes = {name: _attribute(params[name]) for name in op.hopper.attributes}
     return call(*op.hopper.operands(*arrays, **params), **attributes)

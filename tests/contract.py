@@ -181,6 +181,10 @@ def _mla_decode(q, cache, block_table, seq_lens, **kwargs):
     return jaxkern.mla_decode(q, cache, block_table, seq_lens, softmax_scale=0.2, latent_dim=32, **kwargs)
 
 
+def _append(cache, rows, block_table, positions, **kwargs):
+    return jaxkern.kv_cache.append(cache, rows, block_table, positions, latent_dim=132, **kwargs)
+
+
 def _mla_prefill(q, k, v, seq_lens, **kwargs):
     return jaxkern.mla_prefill(q, k, v, softmax_scale=0.2, seq_lens=seq_lens, **kwargs)
 
@@ -443,6 +447,41 @@ CASES = [
         symbolic=("b, 2, 6, 40", "p, 16, 40", "b, 3", "b"),
         mismatch=(("cache", 2), ("block_table", 0), ("seq_lens", 0)),
         primitive="jaxkern_mla_decode",
+    ),
+    Case(
+        "kv_cache.append",
+        _append,
+        {
+            "cache": normal(8, 16, 40),
+            "rows": normal(4, 6, 40),
+            "block_table": integers(-1, 3, 4, 3),  # a page may be another request's too, or none of the cache's
+            "positions": integers(-4, 52, 4, 6),
+        },
+        specs=(ROWS, ROWS, ROWS, ROWS),
+        out_specs=ROWS,
+        unsharded_call=_in_parts(_append, 0, 0, 0, 0),  # page numbers are a device's own
+        symbolic=("p, 16, 40", "b, 6, 40", "b, 3", "b, 6"),
+        mismatch=(("rows", 0), ("rows", 2), ("block_table", 0), ("positions", 1)),
+        primitive="jaxkern_kv_cache_append",
+        exact=True,
+    ),
+    Case(
+        "kv_cache.append",
+        _append,
+        {
+            "cache": integers(0, 256, 8, 16, 132 + 2 * 4 + 2 * 20).astype(np.uint8),
+            "rows": normal(4, 6, 152, dtype=jnp.bfloat16),
+            "block_table": integers(-1, 3, 4, 3),
+            "positions": integers(-4, 52, 4, 6),
+        },
+        specs=(ROWS, ROWS, ROWS, ROWS),
+        out_specs=ROWS,
+        unsharded_call=_in_parts(_append, 0, 0, 0, 0),
+        symbolic=("p, 16, 180", "b, 6, 152", "b, 3", "b, 6"),
+        mismatch=(("cache", 2), ("rows", 2), ("block_table", 0), ("positions", 1)),
+        primitive="jaxkern_kv_cache_append",
+        exact=True,
+        variant="packed",
     ),
     Case(
         "mla_prefill",
