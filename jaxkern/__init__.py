@@ -9,12 +9,15 @@ from jaxkern.gemm import gemm, grouped_gemm, k_grouped_gemm, masked_grouped_gemm
 from jaxkern.linear import fp8_grouped_linear, fp8_linear
 from jaxkern.mla import mla_decode, mla_prefill
 from jaxkern.moe import combine, dispatch, route
+from jaxkern.paging import OutOfPages, PageAllocator
 from jaxkern.quantize import ScaledArray, dequantize, quantize, quantize_along_tokens, swiglu_quantize
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DISABLE_JAX_EXPORT_CHECKS",
+    "OutOfPages",
+    "PageAllocator",
     "ScaledArray",
     "combine",
     "dequantize",
