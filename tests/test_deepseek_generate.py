@@ -1,5 +1,7 @@
 """Generation: golden tokens, what stops and what is drawn, and that nothing is compiled twice."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,9 +9,10 @@ import pytest
 from deepseek_tools import GOLDEN, expected, mesh, small_model, tokens
 from jax.sharding import AxisType
 
+from jaxkern import kv_cache
 from jaxkern.models import deepseek
-from jaxkern.models.deepseek.generate import sample
-from jaxkern.models.deepseek.model import Program
+from jaxkern.models.deepseek.generate import _programs, reserve_pages, sample
+from jaxkern.models.deepseek.model import Program, head
 
 CASES = ["v3-tiny", "v3-latent512", "v3-padded", "v3-fp8", "v3-mtp"]
 
@@ -124,8 +127,6 @@ def test_distribution_of_sample():
 
 
 def test_nothing_is_compiled_twice(model):
-    from jaxkern.models.deepseek.generate import _programs
-
     def run(**options):
         return deepseek.generate(model, tokens(2, 9), max_new_tokens=5, temperature=0.5, page_size=16, **options)
 
@@ -138,6 +139,92 @@ def test_nothing_is_compiled_twice(model):
     deepseek.generate(model, tokens(2, 12), max_new_tokens=4, temperature=0.9, page_size=16)
     assert _programs.cache_info().misses == 1
     assert prefill._cache_size() == 1 and decode._cache_size() == 1
+
+
+# The cache.
+
+
+def test_each_row_has_the_pages_of_its_own_tokens():
+    table, pages = reserve_pages(np.array([33, 16, 1, 40]), 4, 16, devices=1)
+    np.testing.assert_array_equal(table, [[0, 1, 2, -1], [3, -1, -1, -1], [4, -1, -1, -1], [5, 6, 7, -1]])
+    assert pages == 8
+    assert reserve_pages(np.array([33, 1, 1, 40]), 4, 16, devices=1)[1] == 8  # the same program for one page more
+    assert reserve_pages(np.array([33, 1, 1, 17]), 4, 16, devices=1)[1] == 8
+    assert reserve_pages(np.array([16, 1, 1, 16]), 4, 16, devices=1)[1] == 4
+
+
+def test_pages_are_numbered_within_a_device():
+    table, pages = reserve_pages(np.array([33, 16, 1]), 3, 16, devices=2)
+    np.testing.assert_array_equal(table, [[0, 1, 2], [3, -1, -1], [0, -1, -1], [-1, -1, -1]])
+    assert pages == 4
+
+
+@pytest.mark.parametrize("devices", [None, 2])
+def test_an_fp8_cache_is_one_of_rounded_rows(devices, monkeypatch):
+    model = small_model(mesh(devices) if devices else None)
+    ids, mask = tokens(3, 19), np.tri(3, 19, 16, dtype=int)
+    options = {"max_new_tokens": 12, "attention_mask": mask, "page_size": 16}
+    got = deepseek.generate(model, ids, cache_dtype="fp8", **options)
+
+    def append_rounded(cache, rows, *where, latent_dim, **options):
+        packed = kv_cache.pack(rows, latent_dim=latent_dim)
+        sizes = {"latent_dim": latent_dim, "rope_dim": rows.shape[-1] - latent_dim}
+        return append(cache, kv_cache.unpack(packed, dtype=rows.dtype, **sizes), *where, **options)
+
+    append = kv_cache.append
+    monkeypatch.setattr(kv_cache, "append", append_rounded)
+    _programs.cache_clear()
+    want = deepseek.generate(model, ids, **options)
+    _programs.cache_clear()
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_copies_no_cache(model, packed):
+    program, leaves = Program.of(model)
+    prefill, decode = _programs(program, (None, False), 16)
+    table = np.arange(4, dtype=np.int32).reshape(2, 2)
+    fixed = np.zeros(0, np.int32), (np.uint32(0), np.float32(0), np.float32(1))
+    token, state = prefill(leaves, tokens(2, 16), np.ones((2, 16), int), table, *fixed, pages=5000, packed=packed)
+    size = sum(x.nbytes for x in state["cache"])
+    assert size == 2 * 5000 * 16 * (kv_cache.row_bytes(16, 8) if packed else 24 * 4)
+    memory = decode.lower(leaves, token, state, *fixed).compile().memory_analysis()
+    assert memory.alias_size_in_bytes >= size and memory.temp_size_in_bytes < size / 10
+
+
+def test_a_row_has_the_same_bits_whatever_the_others_are():
+    """The logits of the prompt and of every step. Of layers without experts: how many rows an expert gets depends on
+    the others, and with it the order of its sums."""
+    model = small_model(first_k_dense_replace=2, hidden_size=96, kv_lora_rank=64)
+    program, leaves = Program.of(model)
+    new, page_size, pages = 20, 16, 12
+
+    @jax.jit
+    @functools.partial(program.map, in_specs=(program.rows,) * 3, out_specs=program.rows)
+    def step_logits(parts, ids, lengths, table):
+        """-> [b, 1 + new, vocab]: after each row's prompt of lengths [b] tokens, and after each of the next ones."""
+        at = functools.partial(jnp.take_along_axis, axis=1)
+        x, rows, _ = parts["model"](ids[:, :-new], lengths, program.run)
+        logits = [head(parts, at(x, lengths[:, None, None] - 1), program.run)]
+        positions = jnp.arange(ids.shape[1] - new, dtype=jnp.int32)
+        positions = jnp.where(positions < lengths[:, None], positions, -1)
+        empty = jnp.zeros((pages, page_size, model.config.latent_width))
+        cache = [kv_cache.append(empty, r, table, positions) for r in rows]
+        for i in range(new):
+            token, seq_lens = at(ids, lengths[:, None] + i), lengths + i + 1
+            x, cache = parts["model"].decode(token, cache, table, seq_lens, lengths > 0, program.run)
+            logits.append(head(parts, x, program.run))
+        return jnp.concatenate(logits, axis=1)
+
+    def run(others, lengths):
+        table, _ = reserve_pages(np.array(lengths) + new, 3, page_size, devices=1)
+        ids = np.concatenate([tokens(1, 40), tokens(3, 40, seed=others)])
+        return np.asarray(step_logits(leaves, ids, np.array(lengths, np.int32), table))
+
+    first = run(1, [20, 20, 20, 20])
+    assert first.shape == (4, 21, 64) and (first[0, 0] != first[1, 0]).any()
+    for other in (run(2, [20, 20, 20, 20]), run(1, [20, 13, 1, 20]), run(2, [20, 4, 20, 7])):
+        np.testing.assert_array_equal(other[0], first[0])
 
 
 def test_progress(model, capsys):
@@ -155,6 +242,10 @@ def test_errors(model):
         deepseek.generate(model, ids, max_new_tokens=1, top_k=0)
     with pytest.raises(ValueError, match="top_p"):
         deepseek.generate(model, ids, max_new_tokens=1, top_p=0.0)
+    with pytest.raises(ValueError, match="cache_dtype must be None or 'fp8', got 'int8'"):
+        deepseek.generate(model, ids, max_new_tokens=1, cache_dtype="int8")
+    with pytest.raises(ValueError, match="latent_dim of a packed row must be a positive multiple of 4, got 18"):
+        deepseek.generate(small_model(kv_lora_rank=18), ids, max_new_tokens=1, cache_dtype="fp8")
     with pytest.raises(ValueError, match="every row needs a real token"):
         deepseek.generate(model, ids, max_new_tokens=1, attention_mask=np.array([[1, 1, 1], [0, 0, 0]]))
     with pytest.raises(ValueError, match="row 0 has holes"):

@@ -278,7 +278,14 @@ class Attention(nnx.Module):
         b, s, _ = x.shape
         q_nope, q_rope = self._queries(x, batch, run)
         rows = jnp.concatenate(self._latent(x, batch, run), -1)
-        cache = jaxkern.kv_cache.append(cache, rows, block_table, positions)
+        cache = jaxkern.kv_cache.append(
+            cache,
+            rows,
+            block_table,
+            positions,
+            latent_dim=self.config.kv_lora_rank,
+            implementation=run.implementation,
+        )
         to_latent, from_latent = self._absorbed(run)
         q_latent = per_head(q_nope, to_latent, run)
         out, _ = jaxkern.mla_decode(
