@@ -25,6 +25,7 @@ def main():
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--weight-only", action="store_true", help="plain activations for FP8 weights")
+    parser.add_argument("--fp8-cache", action="store_true", help="cache pages in FP8, in about half the memory")
     options = parser.parse_args()
     if options.devices:
         jax.config.update("jax_num_cpu_devices", options.devices)
@@ -45,6 +46,7 @@ def main():
         temperature=options.temperature,
         top_p=options.top_p,
         seed=options.seed,
+        cache_dtype="fp8" if options.fp8_cache else None,
         progress=True,
     )
     for prompt, row in zip(options.prompts, tokens.tolist(), strict=True):

@@ -37,8 +37,8 @@ def append(
         does it; block_table int32 [b, pages]; positions int32 [b, s]. latent_dim matters to packed caches only.
     Units: a position is a token's index in its request. A row is dropped if its position is negative or beyond the
         table, or if its page is none of the cache's. Of two rows for one slot the last one, in the order (b, s), wins.
-    In place: donate the cache (jit's donate_argnums), or carry it through a scan, and only the rows are written.
-        Otherwise XLA copies it first.
+        Under jit, donate the cache (donate_argnums) or carry it through a loop, and only the rows are written;
+        otherwise XLA copies it first, as it may under vmap.
     Sharding: shard_map, with whole requests and their pages on one device; page numbers are the device's own.
     Gradient: none.
     Implementations: cpu, xla.
