@@ -46,12 +46,14 @@ def append(
     Source: vLLM, "PagedAttention", 2023; FlashMLA, the FP8 cache.
     """
     sizes = Sizes("kv_cache.append")
-    cache = sizes.check("cache", cache, (*_NUMBERS, _UINT8), "p page bytes" if _is_packed(cache) else "p page d")
+    cache = as_array(cache)
+    packed = cache.dtype == _UINT8
+    cache = sizes.check("cache", cache, (*_NUMBERS, _UINT8), "p page bytes" if packed else "p page d")
     rows = sizes.check("rows", rows, _NUMBERS, "b s d")
     block_table = sizes.check("block_table", block_table, INT32, "b pages")
     positions = sizes.check("positions", positions, INT32, "b s")
     sizes.require_size("latent_dim", latent_dim)
-    if _is_packed(cache):
+    if packed:
         _check_packed(sizes, "cache", cache, latent_dim, sizes["d"] - latent_dim)
     (cache,) = _ffi.call(
         KV_CACHE_APPEND,
@@ -132,10 +134,6 @@ def row_bytes(latent_dim: int = 512, rope_dim: int = 64) -> int:
     """
     _check_row(Sizes("kv_cache.row_bytes"), latent_dim, rope_dim)
     return reference.row_bytes(latent_dim, rope_dim)
-
-
-def _is_packed(cache) -> bool:
-    return as_array(cache).dtype == _UINT8
 
 
 def _dims(x, last: str) -> str:
