@@ -31,7 +31,7 @@ from benchmarks import common, kernels  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks/results/gpu.json"
-TESTS = ["tests/test_gemm.py", "tests/test_quantize.py", "tests/test_contract.py"]
+TESTS = [f"tests/test_{name}.py" for name in ("gemm", "gemm_hopper", "quantize", "linear", "mla_hopper", "contract")]
 THROUGH_KERNELS = "(cuda or hopper) and not (implementation or falls_back or without)"
 CONFORMANCE = "tests/sim/conformance.cu"
 
@@ -62,6 +62,7 @@ class Case:
     tensors: Callable[[int], dict]  # random, by seed
     forms: dict[str, Form]  # "ours" first
     plain: str  # the form whose result ours must be
+    bytes: int | None = None  # what must be moved, where that is not all of its operands and results
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Row:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
     parser.add_argument("--plan", action="store_true", help="print what would run, and run nothing")
-    parser.add_argument("--family", choices=["gemm", "grouped", "quantize"], help="time this one alone")
+    parser.add_argument("--family", choices=["gemm", "grouped", "mla", "quantize"], help="time this one alone")
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
     parser.add_argument("--no-tests", action="store_true", help="timings alone")
     parser.add_argument("--json", type=pathlib.Path, help="write the results to this file")
@@ -154,6 +155,18 @@ def cases(family: str | None, quick: bool) -> list[Case]:
             found += [grouped_bf16_case(g, m, n, k) for g, m in ((8, 4096), (32, 128), (32, 16))]
             found += [masked_case(g, m, 4096, n, k) for g, m in ((6, 1024), (32, 192), (6, 20), (32, 20))]
             found += [k_grouped_case(g, m, n, k) for g, m in ((4, 8192), (8, 4096))]
+    if family in (None, "mla"):
+        lengths = [(128, 1, 128, 4096), (128, 1, 16, 4096)]
+        if not quick:
+            lengths += [
+                (128, 1, 64, 4096),
+                (128, 2, 128, 4096),
+                (128, 1, 128, 8192),
+                (16, 1, 16, 32768),
+                (1, 1, 128, 32768),
+            ]
+        found += [mla_case(*size, varied=False) for size in lengths]
+        found += [] if quick else [mla_case(128, 1, 128, 4096, varied=True), mla_case(128, 1, 16, 4096, varied=True)]
     if family in (None, "quantize"):
         found += [quantize_case(4096, 7168, block_shape) for block_shape in ((1, 128), (128, 128))]
     return found
@@ -300,6 +313,49 @@ def k_grouped_case(groups: int, rows: int, m: int, n: int) -> Case:
             "XLA bf16 batched": Form(batched, lambda t: (t["a"], t["b"]), fp8=False),
         },
         "dequantise, bf16 batched",
+    )
+
+
+def mla_case(b: int, s: int, h: int, length: int, varied: bool) -> Case:
+    """varied: lengths of a normal distribution around `length`, half as wide. Bytes are those of keys that count."""
+    page, d, latent = 64, 576, 512
+    lengths = np.random.default_rng(0).normal(length, length / 2, b) if varied else np.full(b, length)
+    lengths = np.clip(lengths, s, 2 * length).astype(np.int32)
+    pages = -(-int(lengths.max()) // page)
+
+    def tensors(seed):
+        key_q, key_cache = jax.random.split(jax.random.key(seed))
+        table = np.random.default_rng(seed).permutation(b * pages).reshape(b, pages)
+        return {
+            "q": jnp.clip(jax.random.normal(key_q, (b, s, h, d), BF16), -1, 1),
+            "cache": jax.random.normal(key_cache, (b * pages, page, d), BF16) / 10,
+            "table": jnp.asarray(table, jnp.int32),
+            "lengths": jnp.asarray(lengths),
+        }
+
+    def ours(*args):
+        return jaxkern.mla_decode(*args, softmax_scale=d**-0.55, implementation="cuda")[0]
+
+    def einsums(q, cache, table, lengths):
+        keys = cache[table].reshape(b, -1, d)
+        logits = jnp.einsum("bshd,btd->bsht", q, keys, preferred_element_type=jnp.float32) * d**-0.55
+        limits = lengths[:, None] - jnp.arange(s)[::-1]
+        logits = jnp.where(jnp.arange(keys.shape[1]) < limits[:, :, None, None], logits, -jnp.inf)
+        return jnp.einsum("bsht,btd->bshd", jax.nn.softmax(logits).astype(BF16), keys[..., :latent])
+
+    def pick(t):
+        return t["q"], t["cache"], t["table"], t["lengths"]
+
+    keys = int(lengths.sum())
+    return Case(
+        "mla",
+        "mla_decode bf16",
+        f"b{b} s{s} h{h} {'~' if varied else ''}{length}",
+        2 * s * h * keys * (d + latent),
+        tensors,
+        {"ours": Form(ours, pick, fp8=False), "gather, einsum": Form(einsums, pick, fp8=False)},
+        "gather, einsum",
+        2 * (keys * d + b * s * h * (d + latent)),
     )
 
 
@@ -472,7 +528,7 @@ def measure(case: Case, clock: Clock, machine: dict) -> list[Row]:
             continue
         results[label] = out
         out_bytes = common.nbytes(out) if out is not None else moved_out(case)
-        moved[label] = common.nbytes(inputs[0]) + out_bytes
+        moved[label] = case.bytes or common.nbytes(inputs[0]) + out_bytes
     ms = medians(samplers)
     skipped |= {label: "the host was late too often" for label, t in ms.items() if t is None}
     ms = {label: t for label, t in ms.items() if t is not None}

@@ -300,9 +300,22 @@ QUANTIZED = (150, 656)
 TOKENS = (20, 0, 129)
 
 
+# Queries, heads, keys in a page, lengths, num_splits: several pieces a block, rows that share keys, an empty request.
+DECODED = [(1, 128, 64, (700, 0, 130), None), (2, 40, 16, (300, 65), 3)]
+
+
 def simulate(seeds: int = 8) -> tuple[dict[str, Row], str]:
     """Every kernel on the simulator, each result against the CPU kernels' under each seed. Why not, if it cannot be."""
-    from jaxkern import _ffi, gemm, grouped_gemm, k_grouped_gemm, quantize, quantize_along_tokens, swiglu_quantize
+    from jaxkern import (
+        _ffi,
+        gemm,
+        grouped_gemm,
+        k_grouped_gemm,
+        mla_decode,
+        quantize,
+        quantize_along_tokens,
+        swiglu_quantize,
+    )
 
     if _ffi.SIM is None:
         return {}, "this build of jaxkern has no simulator"
@@ -342,6 +355,13 @@ def simulate(seeds: int = 8) -> tuple[dict[str, Row], str]:
             check(functools.partial(quantize, x, block), rtol=0)
         check(functools.partial(quantize_along_tokens, x, jnp.asarray(TOKENS, jnp.int32)), rtol=0)
         check(functools.partial(swiglu_quantize, x), rtol=0.07)  # a step of e4m3, as the last bit of an exp may make it
+    for queries, heads, page, lengths, num_splits in DECODED:
+        pages = -(-max(lengths) // page)
+        q = normal(len(lengths), queries, heads, 576).astype(jnp.bfloat16)
+        cache = normal(pages * len(lengths), page, 576).astype(jnp.bfloat16) / 4
+        table = jnp.asarray(random.permutation(pages * len(lengths)).reshape(len(lengths), pages), jnp.int32)
+        call = functools.partial(mla_decode, q, cache, table, jnp.asarray(lengths, jnp.int32), num_splits=num_splits)
+        check(functools.partial(call, softmax_scale=576**-0.55), rtol=2.0**-6, atol=1e-3)
     _ffi.SIM.configure()
     return simulator_rows(json.loads(_ffi.SIM.statistics())), ""
 

@@ -35,6 +35,7 @@ class Kernel:
     attributes: the parameters that the target takes.
     operands: (*arrays, **params) -> what the target takes for the op's own operands; those of `Op.aliases` in place.
     refuses: (*avals, **params) -> why the kernel cannot run this call; empty if it can.
+    workspaces: (*avals, **params) -> [(shape, dtype), ...]: further results of the target, row-major, kept by nobody.
     version: that of the targets, `jaxkern.<name>.v<version>` on GPUs and `jaxkern.sim.<name>.v<version>` on the CPU.
     """
 
@@ -42,6 +43,7 @@ class Kernel:
     attributes: tuple[str, ...] = ()
     operands: Callable = lambda *arrays, **_: arrays
     refuses: Callable = lambda *avals, **_: ""
+    workspaces: Callable = lambda *avals, **_: []
     version: int = 1
 
 
@@ -223,15 +225,16 @@ def _make_primitive(op: Op) -> Primitive:
 
 def _call_hopper(op: Op, implementation: str, results, *arrays, **params):
     operand_layouts, result_layouts = op.hopper.layouts(**params)
+    workspaces = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in op.hopper.workspaces(*arrays, **params)]
     call = jax.ffi.ffi_call(
         op.target(implementation),
-        results,
+        [*results, *workspaces],
         input_layouts=operand_layouts,
-        output_layouts=result_layouts,
+        output_layouts=(*result_layouts, *[None] * len(workspaces)),
         input_output_aliases=op.aliases,
     )
     attributes = {name: _attribute(params[name]) for name in op.hopper.attributes}
-    return call(*op.hopper.operands(*arrays, **params), **attributes)
+    return call(*op.hopper.operands(*arrays, **params), **attributes)[: len(results)]
 
 
 def _like(aval, shape: Sequence[int], dtype):

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkern import _ffi, reference
-from jaxkern._check import FLOATS, INT32, Sizes
+from jaxkern._check import FLOATS, INT32, Sizes, describe
 
 MAX_SPLITS = 1024  # partial results are kept for each
 
@@ -165,7 +165,36 @@ def _fold_batch(size, arrays, is_batched, **params):
     return [q, cache, block_table, seq_lens], params, lambda i, r: r.reshape(size, inner, *r.shape[1:])
 
 
-MLA_DECODE = _ffi.Op("mla_decode", _decode_results, reference.mla_decode, batch=_fold_batch)
+def _hopper_refuses_decode(q, cache, *_, latent_dim, **__):
+    if (q.shape[3], latent_dim) != (576, 512):
+        return f"d must be 576 and latent_dim 512, got {q.shape[3]} and {latent_dim}"
+    if not q.dtype == cache.dtype == jnp.bfloat16:
+        return f"q and cache must be bfloat16, got {q.dtype} and {cache.dtype}"
+    if cache.shape[0] == 0 or cache.shape[1] % 16 != 0:
+        return f"the cache must have pages of a multiple of 16 rows, got {describe(cache)}"
+    return ""
+
+
+def _hopper_workspaces(q, *_, num_splits, **__):
+    """The schedule, and partial results in groups of 64 rows: see cuda/mla/mla.h."""
+    b, s, h, _ = q.shape
+    groups = b * -(-(s * h) // 64)
+    slots = groups * num_splits if num_splits else groups + 160
+    return [((b + 1,), jnp.int32), ((slots, 64, 512), jnp.float32), ((slots, 64), jnp.float32)]
+
+
+MLA_DECODE = _ffi.Op(
+    "mla_decode",
+    _decode_results,
+    reference.mla_decode,
+    batch=_fold_batch,
+    hopper=_ffi.Kernel(
+        layouts=lambda **_: ((None,) * 4, (None, None)),
+        attributes=("softmax_scale", "causal", "num_splits"),
+        refuses=_hopper_refuses_decode,
+        workspaces=_hopper_workspaces,
+    ),
+)
 _NO_KERNEL = "no kernel in this version; the blockwise reference runs everywhere"
 MLA_PREFILL = _ffi.Op(
     "mla_prefill",

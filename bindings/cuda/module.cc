@@ -18,7 +18,8 @@ using namespace nb::literals;
   HANDLER(swiglu_quantize, 1)       \
   HANDLER(gemm, 1)                  \
   HANDLER(grouped_gemm, 1)          \
-  HANDLER(k_grouped_gemm, 1)
+  HANDLER(k_grouped_gemm, 1)        \
+  HANDLER(mla_decode, 1)
 
 using Handler = XLA_FFI_Error*(XLA_FFI_CallFrame*);
 #define JAXKERN_DECLARE(name, version)  \

@@ -36,6 +36,17 @@ DEVICE void wgmma_fence(WHERE) {
   SIM(sim::wgmma_fence(where);)
 }
 
+// The same for a D that was written to: named, so that the compiler cannot move a write past the fence.
+template <int count>
+DEVICE void wgmma_fence(float (&d)[count] AND_WHERE) {
+#ifndef JAXKERN_SIM
+#pragma unroll
+  for (int i = 0; i < count; ++i) asm volatile("" : "+f"(d[i])::"memory");
+#endif
+  SIM(static_cast<void>(d);)
+  wgmma_fence(SIM(where));
+}
+
 // wgmma.commit_group. PTX 9.7.15.7.2.
 DEVICE void wgmma_commit_group(WHERE) {
   PTX(asm volatile("wgmma.commit_group.sync.aligned;" :: : "memory");)

@@ -1,0 +1,78 @@
+#include "cuda/mla/mla.h"
+
+#include "bindings/cuda/launch.h"
+
+namespace jaxkern {
+namespace {
+
+using enum ffi::DataType;
+
+// The last three results are workspaces.
+ffi::Error mla_decode(cuda::Stream stream, Buffer q, Buffer cache, Buffer block_table, Buffer seq_lens, Result out,
+                      Result lse, Result schedule, Result partial_out, Result partial_lse, float softmax_scale,
+                      int64_t causal, int64_t num_splits) {
+  Check check("mla_decode");
+  check.rank("q", q, 4);
+  check.rank("cache", cache, 3);
+  check.rank("block_table", block_table, 2);
+  check.that(0 <= num_splits && num_splits <= 1024, "num_splits must be in 0..1024");
+  if (check.failed()) return check.error();
+  int64_t batch = q.dimensions()[0], queries = q.dimensions()[1], heads = q.dimensions()[2];
+  int64_t pages = cache.dimensions()[0], page = cache.dimensions()[1], table_pages = block_table.dimensions()[1];
+  int64_t slots = cuda::mla_slots(batch, queries * heads, num_splits);
+
+  check.shape("q", q, {batch, queries, heads, cuda::mla_width});
+  check.dtype("q", q, {BF16});
+  check.shape("cache", cache, {pages, page, cuda::mla_width});
+  check.dtype("cache", cache, {BF16});
+  check.that(pages > 0 && page > 0 && page % 16 == 0, "pages must hold a multiple of 16 rows, and there must be some");
+  check.shape("block_table", block_table, {batch, table_pages});
+  check.dtype("block_table", block_table, {S32});
+  check.shape("seq_lens", seq_lens, {batch});
+  check.dtype("seq_lens", seq_lens, {S32});
+  check.that(is_size(pages * page) && table_pages * page < (int64_t{1} << 31) && is_size(batch * queries * heads + 1),
+             "rows of the cache, of a table and of q must be int32");
+  check.shape("out", *out, {batch, queries, heads, cuda::mla_latent});
+  check.dtype("out", *out, {BF16});
+  check.shape("lse", *lse, {batch, queries, heads});
+  check.dtype("lse", *lse, {F32});
+  check.shape("schedule", *schedule, {batch + 1});
+  check.dtype("schedule", *schedule, {S32});
+  check.shape("partial_out", *partial_out, {slots, cuda::mla_rows, cuda::mla_latent});
+  check.dtype("partial_out", *partial_out, {F32});
+  check.shape("partial_lse", *partial_lse, {slots, cuda::mla_rows});
+  check.dtype("partial_lse", *partial_lse, {F32});
+  check.that(aligned({q.untyped_data(), cache.untyped_data(), out->untyped_data(), partial_out->untyped_data()}),
+             "every buffer must be aligned to 16 bytes");
+  if (check.failed()) return check.error();
+
+  return to_error("mla_decode", cuda::mla_decode({.q = q.untyped_data(),
+                                                  .cache = cache.untyped_data(),
+                                                  .block_table = block_table.typed_data<int32_t>(),
+                                                  .seq_lens = seq_lens.typed_data<int32_t>(),
+                                                  .out = out->untyped_data(),
+                                                  .lse = lse->typed_data<float>(),
+                                                  .schedule = schedule->typed_data<int32_t>(),
+                                                  .partial_out = partial_out->typed_data<float>(),
+                                                  .partial_lse = partial_lse->typed_data<float>(),
+                                                  .softmax_scale = softmax_scale,
+                                                  .causal = causal != 0,
+                                                  .num_splits = num_splits,
+                                                  .batch = batch,
+                                                  .queries = queries,
+                                                  .heads = heads,
+                                                  .pages = pages,
+                                                  .page = page,
+                                                  .table_pages = table_pages},
+                                                 stream));
+}
+
+}  // namespace
+
+JAXKERN_HOPPER_HANDLERS(mla_decode, 1,
+                        signature(Operands<4>{}, Results<5>{})
+                            .Attr<float>("softmax_scale")
+                            .Attr<int64_t>("causal")
+                            .Attr<int64_t>("num_splits"));
+
+}  // namespace jaxkern

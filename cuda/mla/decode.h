@@ -1,0 +1,359 @@
+// 64 query rows against blocks of 64 keys. Keys come by the copy engine, two blocks in flight, each as nine tiles of 64
+// keys x 64 numbers; the first eight are the values as well.
+//
+//   warpgroups 0, 1   attend: of the logits [64 rows][64 keys] each computes the half of its keys, of the result
+//                     [64 rows][512] the half of its columns
+//   warp 8            copies queries and keys
+//
+// The halves of the weights, and the largest logit of each row, meet in shared memory. After FlashMLA's two warpgroups
+// that share one 64 x 512 result, with one block of keys at a time in place of its pairs.
+#pragma once
+
+#include "cuda/mla/schedule.h"
+
+namespace jaxkern::cuda::kernels {
+
+struct MlaParams {
+  TensorMap q, cache;  // [batch * rows, 576], [pages * page, 576]
+  Global<const int32_t> block_table;
+  Global<bfloat16> out;
+  Global<float> lse, partial_out, partial_lse;
+  MlaSizes sizes;
+  int heads, queries, pages, page, table_pages;
+  int box_rows;  // keys that one copy brings: a part of one page
+  bool causal;
+  float scale_log2;  // softmax_scale * log2(e)
+};
+
+struct MlaDecodeKernel {
+  static constexpr int width_tiles = mla_width / 64, latent_tiles = mla_latent / 64, stages = 2;
+  static constexpr int math_threads = 2 * warpgroup_size, threads = math_threads + warpgroup_size;
+  static constexpr int registers = 168;
+  static constexpr int tile_bytes = 64 * 128, half_keys = key_block / 2;
+  static constexpr int columns = mla_latent / 2;  // of the result, for each warpgroup
+  static std::string name() { return "MlaDecodeKernel"; }
+
+  using Params = MlaParams;
+
+  struct Smem {
+    Tile<tile_bytes> q[width_tiles];
+    Tile<tile_bytes> keys[stages][width_tiles];
+    Tile<tile_bytes> weights;                                // [64 rows][64 keys] bfloat16
+    Shared<float> largest[2][mla_rows], total[2][mla_rows];  // of each warpgroup's keys
+    Shared<uint32_t> exists[stages][2];                      // a bit a key
+    Barrier full[stages], empty[stages], q_full, q_empty;
+  };
+
+  DEVICE static void run(const Params& p, Smem& s) {
+    int warp = warp_index();
+    if (warp == 0 && elect()) {
+      prefetch_tensormap(p.q);
+      prefetch_tensormap(p.cache);
+      for (int i = 0; i < stages; ++i) {
+        mbarrier_init(s.full[i], 1);
+        mbarrier_init(s.empty[i], math_threads / warp_size);
+      }
+      mbarrier_init(s.q_full, 1);
+      mbarrier_init(s.q_empty, math_threads / warp_size);
+      fence_mbarrier_init();
+    }
+    bar_sync(0, threads);
+    if (warp >= math_threads / warp_size) {
+      setmaxnreg_dec<40>();
+      if (warp == math_threads / warp_size && elect()) produce(p, s);
+      syncwarp();
+    } else {
+      setmaxnreg_inc<232>();
+      attend(p, s, warp / 4);
+    }
+  }
+
+  struct Stage {
+    int index = 0;
+    uint32_t phase = 0;
+
+    DEVICE void advance() {
+      index ^= 1;
+      phase ^= index == 0;
+    }
+  };
+
+  // ---- copies ----
+
+  DEVICE static void produce(const Params& p, Smem& s) {
+    MlaWalk walk(p.sizes);
+    Piece piece;
+    Stage at;
+    for (uint32_t q_phase = 0; walk.next(piece); q_phase ^= 1) {
+      mbarrier_wait(s.q_empty, q_phase ^ 1);
+      mbarrier_arrive_expect_tx(s.q_full, width_tiles * tile_bytes);
+      for (int i = 0; i < width_tiles; ++i)
+        cp_async_bulk_tensor<2>(&s.q[i], p.q, {i * 64, piece.request * p.sizes.rows + piece.group * mla_rows},
+                                s.q_full);
+      for (int block = piece.first; block < piece.last; ++block, at.advance()) {
+        // Where its keys lie, found before the stage is free.
+        int rows[key_block / 16];
+        uint32_t exists[2] = {0, 0};
+#pragma unroll
+        for (int i = 0; i < key_block / 16; ++i) {
+          int key = i * p.box_rows, token = block * key_block + key;
+          rows[i] = p.pages * p.page;  // beyond the cache: zeros
+          if (key >= key_block || token >= piece.length) continue;
+          int page = load_global<int32_t>(p.block_table, int64_t(piece.request) * p.table_pages + token / p.page);
+          if (page < 0 || page >= p.pages) continue;
+          rows[i] = page * p.page + token % p.page;
+          int count = piece.length - token < p.box_rows ? piece.length - token : p.box_rows;
+          uint64_t bits = (count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1) << key;
+          exists[0] |= static_cast<uint32_t>(bits);
+          exists[1] |= static_cast<uint32_t>(bits >> 32);
+        }
+        mbarrier_wait(s.empty[at.index], at.phase ^ 1);
+        store(s.exists[at.index][0], exists[0]);
+        store(s.exists[at.index][1], exists[1]);
+        mbarrier_arrive_expect_tx(s.full[at.index], width_tiles * tile_bytes);
+#pragma unroll
+        for (int i = 0; i < key_block / 16; ++i) {
+          if (i * p.box_rows >= key_block) break;
+          for (int tile = 0; tile < width_tiles; ++tile)
+            cp_async_bulk_tensor<2>(s.keys[at.index][tile].data + i * p.box_rows * 128, p.cache, {tile * 64, rows[i]},
+                                    s.full[at.index]);
+        }
+      }
+    }
+  }
+
+  // ---- attention ----
+
+  // The row, of 64, and the column of item i of this thread's accumulators.
+  DEVICE static int row_of(int i) {
+    return thread_index() % warpgroup_size / 32 * 16 + lane_index() / 4 + i / 2 % 2 * 8;
+  }
+  DEVICE static int column_of(int i) { return i / 4 * 8 + lane_index() % 4 * 2 + i % 2; }
+
+  DEVICE static float max_of_quad(float x) {
+    x = fmaxf(x, shfl_xor(x, 1));
+    return fmaxf(x, shfl_xor(x, 2));
+  }
+  DEVICE static float sum_of_quad(float x) {
+    x += shfl_xor(x, 1);
+    return x + shfl_xor(x, 2);
+  }
+
+  DEVICE static void release(Barrier& barrier) {
+    syncwarp();
+    if (lane_index() == 0) mbarrier_arrive(barrier);
+  }
+
+  DEVICE static void attend(const Params& p, Smem& s, int half) {
+    constexpr float minus_infinity = -__builtin_inff();
+    MlaWalk walk(p.sizes);
+    Piece piece;
+    Stage at;
+    for (uint32_t q_phase = 0; walk.next(piece); q_phase ^= 1) {
+      float result[columns / 2], largest[2], total[2] = {0, 0};
+      int limit[2];  // the keys of a row are the tokens below
+#pragma unroll
+      for (int i = 0; i < columns / 2; ++i) result[i] = 0;
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        largest[j] = minus_infinity;
+        int query = (piece.group * mla_rows + row_of(2 * j)) / p.heads;
+        limit[j] = p.causal ? piece.length - (p.queries - 1 - query) : piece.length;
+      }
+      mbarrier_wait(s.q_full, q_phase);
+      for (int block = piece.first; block < piece.last; ++block, at.advance()) {
+        mbarrier_wait(s.full[at.index], at.phase);
+        float logits[half_keys / 2];
+        multiply_queries(s, at.index, half, logits);
+        uint32_t exists = load(s.exists[at.index][half]), other = load(s.exists[at.index][1 - half]);
+        float most[2] = {minus_infinity, minus_infinity};
+#pragma unroll
+        for (int i = 0; i < half_keys / 2; ++i) {
+          int key = column_of(i), j = i / 2 % 2;
+          bool counts = exists >> key & 1 && block * key_block + half * half_keys + key < limit[j];
+          logits[i] = counts ? logits[i] * p.scale_log2 : minus_infinity;
+          most[j] = fmaxf(most[j], logits[i]);
+        }
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          most[j] = max_of_quad(most[j]);
+          if (lane_index() % 4 == 0) store(s.largest[half][row_of(2 * j)], most[j]);
+        }
+        bar_sync(1, math_threads);
+        float base[2], shrink[2];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          most[j] = fmaxf(fmaxf(most[j], load(s.largest[1 - half][row_of(2 * j)])), largest[j]);
+          base[j] = most[j] == minus_infinity ? 0 : most[j];
+          shrink[j] = ex2(largest[j] - base[j]);
+          largest[j] = most[j];
+          total[j] *= shrink[j];
+        }
+#pragma unroll
+        for (int i = 0; i < half_keys / 2; ++i) {
+          logits[i] = ex2(logits[i] - base[i / 2 % 2]);
+          total[i / 2 % 2] += logits[i];
+        }
+        if ((exists & other) != 0xffffffff) clear_values(s, at.index, half, exists, other);
+        stage_weights(s, half, logits);
+        fence_proxy_async();
+#pragma unroll
+        for (int i = 0; i < columns / 2; ++i) result[i] *= shrink[i / 2 % 2];
+        bar_sync(2, math_threads);
+        add_values(s, at.index, half, result);
+        release(s.empty[at.index]);
+      }
+      release(s.q_empty);
+      finish(p, s, piece, half, result, largest, total);
+    }
+  }
+
+  // logits [64 rows][32 keys] = q keys^T, of this warpgroup's half of the keys.
+  DEVICE static void multiply_queries(Smem& s, int stage, int half, float (&logits)[half_keys / 2]) {
+    wgmma_fence();
+#pragma unroll
+    for (int tile = 0; tile < width_tiles; ++tile) {
+      uint64_t a = matrix_descriptor(shared_address(&s.q[tile]), 0, 1024, Swizzle::bytes_128);
+      uint64_t b = matrix_descriptor(shared_address(s.keys[stage][tile].data + half * half_keys * 128), 0, 1024,
+                                     Swizzle::bytes_128);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) wgmma_bf16<half_keys>(logits, a + k * 2, b + k * 2, tile + k > 0);
+    }
+    wgmma_commit_group();
+    wgmma_wait_group<0>(logits);
+  }
+
+  // result [64 rows][256 columns] += weights values, of this warpgroup's half of the columns.
+  DEVICE static void add_values(Smem& s, int stage, int half, float (&result)[columns / 2]) {
+    uint64_t a = matrix_descriptor(shared_address(&s.weights), 0, 1024, Swizzle::bytes_128);
+    uint64_t b = matrix_descriptor(shared_address(&s.keys[stage][half * latent_tiles / 2]), tile_bytes, 1024,
+                                   Swizzle::bytes_128);
+    wgmma_fence(result);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) wgmma_bf16<columns, true>(result, a + k * 2, b + k * (16 * 128 / 16), true);
+    wgmma_commit_group();
+    wgmma_wait_group<0>(result);
+  }
+
+  // Rows that are no key may hold anything, and 0 * NaN is NaN: zeros in this warpgroup's columns of them. Both have
+  // computed their logits.
+  DEVICE static void clear_values(Smem& s, int stage, int half, uint32_t exists, uint32_t other) {
+    uint32_t low = half == 0 ? exists : other, high = half == 0 ? other : exists;
+    for (int i = thread_index() % warpgroup_size; i < key_block * 8; i += warpgroup_size) {
+      int key = i / 8, chunk = i % 8;
+      if ((key < half_keys ? low : high) >> key % half_keys & 1) continue;
+      for (int tile = 0; tile < latent_tiles / 2; ++tile)
+        store_shared(shared_address(&s.keys[stage][half * latent_tiles / 2 + tile]) + key * 128 + chunk * 16,
+                     Pack<uint32_t, 4>{0, 0, 0, 0});
+    }
+  }
+
+  // This warpgroup's half of the weights, as the A of a wgmma.
+  DEVICE static void stage_weights(Smem& s, int half, const float (&weights)[half_keys / 2]) {
+    int lane = lane_index(), row = thread_index() % warpgroup_size / 32 * 16 + lane % 16;
+#pragma unroll
+    for (int j = 0; j < half_keys / 8; j += 2) {  // two times 8 keys, two times 8 rows
+      uint32_t fragment[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) fragment[i] = cvt_bf16x2(weights[j * 4 + 2 * i], weights[j * 4 + 2 * i + 1]);
+      int chunk = half * half_keys / 8 + j + lane / 16;
+      stmatrix<4, false>(shared_address(&s.weights) + row * 128 + (chunk ^ (row % 8)) * 16, fragment);
+    }
+  }
+
+  DEVICE static void finish(const Params& p, Smem& s, const Piece& piece, int half, const float (&result)[columns / 2],
+                            const float (&largest)[2], const float (&total)[2]) {
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      float sum = sum_of_quad(total[j]);
+      if (lane_index() % 4 == 0) store(s.total[half][row_of(2 * j)], sum);
+    }
+    bar_sync(1, math_threads);
+    float sums[2], inverse[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      sums[j] = load(s.total[0][row_of(2 * j)]) + load(s.total[1][row_of(2 * j)]);
+      inverse[j] = sums[j] == 0 ? 0 : rcp(sums[j]);
+    }
+    bar_sync(2, math_threads);  // before the next piece's
+    int first_row = piece.group * mla_rows;
+    int64_t to = piece.whole ? int64_t(piece.request) * p.sizes.rows + first_row : int64_t(piece.slot) * mla_rows;
+#pragma unroll
+    for (int i = 0; i < columns / 2; i += 2) {
+      int row = row_of(i), j = i / 2 % 2;
+      if (first_row + row >= p.sizes.rows) continue;
+      int64_t at = (to + row) * mla_latent + half * columns + column_of(i);
+      float low = result[i] * inverse[j], high = result[i + 1] * inverse[j];
+      if (piece.whole)
+        store_global(p.out, at, cvt_bf16x2(low, high));
+      else
+        store_global(p.partial_out, at, Pack<float, 2>{low, high});
+    }
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      int row = row_of(2 * j);
+      if (half != 0 || lane_index() % 4 != 0 || first_row + row >= p.sizes.rows) continue;
+      float lse = sums[j] == 0 ? -__builtin_inff() : largest[j] + lg2(sums[j]);
+      if (piece.whole)
+        store_global(p.lse, to + row, lse * 0.693147181f);
+      else
+        store_global(p.partial_lse, to + row, lse);
+    }
+  }
+};
+
+// The rows whose keys several pieces share: their results, in the order of the keys. A block takes a row at a time, a
+// thread four columns.
+struct MlaMergeKernel {
+  static constexpr int threads = mla_latent / 4;
+  static std::string name() { return "MlaMergeKernel"; }
+
+  struct Params {
+    Global<const float> partial_out, partial_lse;
+    Global<bfloat16> out;
+    Global<float> lse;
+    MlaSizes sizes;
+    int parts;  // the decoding kernel's blocks
+  };
+  struct Smem {};
+
+  DEVICE static void run(const Params& p, Smem&) {
+    const MlaSizes& m = p.sizes;
+    for (int64_t i = block_index(); i < int64_t(m.batch) * m.rows; i += grid_size()) {
+      int request = static_cast<int>(i / m.rows), row = static_cast<int>(i % m.rows), group = row / mla_rows;
+      int first = 0, count = m.splits;
+      if (m.splits == 0) {
+        int all = load_global<int32_t>(m.starts, m.batch) * m.row_groups;
+        int share = static_cast<int>(ceil_div(all, p.parts));
+        int start = load_global<int32_t>(m.starts, request),
+            blocks = load_global<int32_t>(m.starts, request + 1) - start;
+        int begin = start * m.row_groups + group * blocks;
+        first = begin / share;
+        count = (begin + blocks - 1) / share - first + 1;
+        if (count == 1) continue;
+      }
+      int rows = request * m.row_groups + group, slot = m.splits == 0 ? rows + first : rows * m.splits;
+      int64_t from = int64_t(slot) * mla_rows + row % mla_rows;
+      float most = -__builtin_inff(), total = 0, sums[4] = {0, 0, 0, 0};
+      for (int part = 0; part < count; ++part)
+        most = fmaxf(most, load_global<float>(p.partial_lse, from + part * mla_rows));
+      float base = most == -__builtin_inff() ? 0 : most;
+      for (int part = 0; part < count; ++part) {
+        float weight = ex2(load_global<float>(p.partial_lse, from + part * mla_rows) - base);
+        Pack<float, 4> x =
+            load_global<Pack<float, 4>>(p.partial_out, (from + part * mla_rows) * mla_latent + thread_index() * 4);
+        total += weight;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[j] += weight * x.item[j];
+      }
+      float inverse = total == 0 ? 0 : rcp(total);
+      store_global(p.out, i * mla_latent + thread_index() * 4,
+                   Pack<uint32_t, 2>{cvt_bf16x2(sums[0] * inverse, sums[1] * inverse),
+                                     cvt_bf16x2(sums[2] * inverse, sums[3] * inverse)});
+      if (thread_index() == 0)
+        store_global(p.lse, i, total == 0 ? -__builtin_inff() : (most + lg2(total)) * 0.693147181f);
+    }
+  }
+};
+
+}  // namespace jaxkern::cuda::kernels

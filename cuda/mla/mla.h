@@ -1,0 +1,44 @@
+// Absorbed MLA decoding on Hopper. No CUDA header is needed to include it.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/stream.h"
+
+namespace jaxkern::cuda {
+
+constexpr int mla_width = 576, mla_latent = 512;  // of a key, and of its value
+constexpr int mla_rows = 64;                      // query rows of one piece of work
+constexpr int most_mla_parts = 160;  // blocks of the decoding kernel: no Hopper GPU has more multiprocessors
+
+// out = softmax(scale q keys^T) values, keys and values being rows of the cache. Rows are those of one request: its
+// queries and heads. bfloat16; `page` is a multiple of 16; q, cache and out are aligned to 16 bytes.
+struct MlaDecode {
+  const void* q;               // [batch, queries, heads, mla_width]
+  const void* cache;           // [pages, page, mla_width]
+  const int32_t* block_table;  // [batch, table_pages]
+  const int32_t* seq_lens;     // [batch]
+  void* out;                   // [batch, queries, heads, mla_latent]
+  float* lse;                  // [batch, queries, heads], natural logarithm
+  int32_t* schedule;           // workspace [batch + 1]
+  float* partial_out;          // workspace [mla_slots, mla_rows, mla_latent]
+  float* partial_lse;          // workspace [mla_slots, mla_rows]
+  float softmax_scale;
+  bool causal;
+  int64_t num_splits;  // parts of a request; 0: all requests together are cut into as many as there are blocks
+  int64_t batch, queries, heads;
+  int64_t pages, page, table_pages;
+};
+
+// Partial results that there may be.
+constexpr int64_t mla_slots(int64_t batch, int64_t rows, int64_t num_splits) {
+  int64_t pieces = batch * ((rows + mla_rows - 1) / mla_rows);
+  return num_splits > 0 ? pieces * num_splits : pieces + most_mla_parts;
+}
+
+Error mla_decode(const MlaDecode& mla, Stream stream);
+
+// Loads every kernel that it may launch, on the current device.
+Error prepare_mla_decode();
+
+}  // namespace jaxkern::cuda
