@@ -22,6 +22,8 @@ namespace nb = nanobind;
   HANDLER(grouped_gemm, 1)          \
   HANDLER(k_grouped_gemm, 1)        \
   HANDLER(mla_decode, 1)            \
+  HANDLER(mla_prefill, 1)           \
+  HANDLER(mla_prefill_backward, 1)  \
   HANDLER(kv_cache_append, 1)
 
 #define JAXKERN_DECLARE(name, version) extern "C" XLA_FFI_Error* name##_v##version(XLA_FFI_CallFrame*);

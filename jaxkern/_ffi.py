@@ -120,7 +120,11 @@ def why_not(op: Op, implementation: str) -> str:
     if implementation == "cpu" and op.cpu is None:
         return op.why
     if implementation in ("cuda", "sim"):
-        return "no Hopper kernel for this op yet" if op.hopper is None else not_built(implementation)
+        return (
+            f"no Hopper kernel for this op yet{op.why and f' ({op.why})'}"
+            if op.hopper is None
+            else not_built(implementation)
+        )
     return ""
 
 

@@ -4,11 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxkern import _ffi, reference
 from jaxkern._check import FLOATS, INT32, Sizes, describe
 
 MAX_SPLITS = 1024  # partial results are kept for each
+PREFILL_FLOATS = (*FLOATS, np.dtype(np.float16))
 
 
 def mla_decode(
@@ -97,51 +99,54 @@ def mla_prefill(
     sizes.require(seq_lens is None or cu_seqlens is None, "seq_lens and cu_seqlens exclude each other")
     packed = cu_seqlens is not None
     dims = "t h" if packed else "b t h"
-    q = sizes.check("q", q, FLOATS, f"{dims} dk")
-    k = sizes.check("k", k, FLOATS, f"{dims} dk")
-    v = sizes.check("v", v, FLOATS, f"{dims} dv")
+    q = sizes.check("q", q, PREFILL_FLOATS, f"{dims} dk")
+    k = sizes.check("k", k, PREFILL_FLOATS, f"{dims} dk")
+    v = sizes.check("v", v, PREFILL_FLOATS, f"{dims} dv")
     token = jnp.arange(sizes["t"], dtype=jnp.int32)
-    segments = []
     if packed:
         starts = sizes.check("cu_seqlens", cu_seqlens, INT32, "sequences+1")
         sequence = (token[:, None] >= starts).sum(axis=1, dtype=jnp.int32) - 1
-        segments = [jnp.where(sequence < starts.shape[0] - 1, sequence, -1)[None]]
+        first, end = (starts.at[sequence + i].get(mode="fill", fill_value=0)[None] for i in (0, 1))
+        first = jnp.maximum(first, 0)
         q, k, v = q[None], k[None], v[None]
     elif seq_lens is not None:
-        seq_lens = sizes.check("seq_lens", seq_lens, INT32, "b")
-        segments = [jnp.where(token < seq_lens[:, None], 0, -1)]
-    q, k, v, *segments = _ffi.align(q, k, v, *segments)
-    if segments:
-        q, k, v = (jnp.where((segments[0] >= 0)[..., None, None], x, 0) for x in (q, k, v))
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
-    static = (float(softmax_scale), bool(causal), _ffi.resolve(MLA_PREFILL, implementation))
-    out, lse = _prefill(static, q, k, v, *segments)
-    out, lse = jnp.swapaxes(out, 1, 2), jnp.swapaxes(lse, 1, 2)
+        end = sizes.check("seq_lens", seq_lens, INT32, "b")[:, None]
+        first = jnp.zeros_like(end)
+    else:
+        first, end = jnp.zeros((1, 1), jnp.int32), jnp.full((1, 1), sizes["t"], jnp.int32)
+    last = jnp.minimum(end, token + 1 if causal else sizes["t"])
+    inside = (token >= first) & (token < end)
+    spans = (jnp.broadcast_to(jnp.where(inside, x, 0), q.shape[:2]) for x in (first, last))
+    static = (float(softmax_scale), _ffi.resolve(MLA_PREFILL, implementation))
+    out, lse = _prefill(static, *_ffi.align(q, k, v, *spans))
     return (out[0], lse[0]) if packed else (out, lse)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _prefill(static, *arrays):
-    softmax_scale, causal, implementation = static
-    return _ffi.call(MLA_PREFILL, *arrays, implementation=implementation, softmax_scale=softmax_scale, causal=causal)
+def _prefill(static, q, k, v, first, last):
+    softmax_scale, implementation = static
+    return _ffi.call(MLA_PREFILL, q, k, v, first, last, implementation=implementation, softmax_scale=softmax_scale)
 
 
-def _prefill_forward(static, q, k, v, *segments):
-    out, lse = _prefill(static, q, k, v, *segments)
-    return (out, lse), (q, k, v, out, lse, segments)
+def _prefill_forward(static, *arrays):
+    out, lse = _prefill(static, *arrays)
+    return (out, lse), (*arrays, out, lse)
 
 
 def _prefill_backward(static, residuals, cotangents):
-    softmax_scale, causal, implementation = static
-    q, k, v, out, lse, segments = residuals
+    softmax_scale, implementation = static
+    q, k, v, first, last, out, lse = residuals
+    d_out, d_lse = cotangents
+    # d logits = p * (d p - delta): through the softmax, and through lse, whose derivative is p.
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - d_lse
+    delta = jnp.where(lse == -jnp.inf, 0, delta)
     gradients = _ffi.call(
         MLA_PREFILL_BACKWARD,
-        *_ffi.align(q, k, v, out, lse, *cotangents, *segments),
+        *_ffi.align(q, k, v, lse, d_out, delta, first, last),
         implementation=implementation,
         softmax_scale=softmax_scale,
-        causal=causal,
     )
-    return *gradients, *(None for _ in segments)
+    return *(d.astype(x.dtype) for d, x in zip(gradients, (q, k, v), strict=True)), None, None
 
 
 _prefill.defvjp(_prefill_forward, _prefill_backward)
@@ -163,6 +168,14 @@ def _fold_batch(size, arrays, is_batched, **params):
     inner = many[0].shape[1]
     q, block_table, seq_lens = (x.reshape(size * inner, *x.shape[2:]) for x in (many[0], many[2], many[3]))
     return [q, cache, block_table, seq_lens], params, lambda i, r: r.reshape(size, inner, *r.shape[1:])
+
+
+def _fold_all(size, arrays, is_batched, **params):
+    """vmap: the new axis joins the batch, which all operands have."""
+    many = [x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in zip(arrays, is_batched, strict=True)]
+    inner = many[0].shape[1]
+    folded = [x.reshape(size * inner, *x.shape[2:]) for x in many]
+    return folded, params, lambda i, r: r.reshape(size, inner, *r.shape[1:])
 
 
 def _hopper_refuses_decode(q, cache, *_, latent_dim, **__):
@@ -195,19 +208,20 @@ MLA_DECODE = _ffi.Op(
         workspaces=_hopper_workspaces,
     ),
 )
-_NO_KERNEL = "no kernel in this version; the blockwise reference runs everywhere"
+# What jax.nn.dot_product_attention(implementation="cudnn", return_residual=True) leaves out, as of JAX 0.10.
+_NO_GPU = "cuDNN's attention rounds lse to 16 bits and drops its gradient"
 MLA_PREFILL = _ffi.Op(
     "mla_prefill",
-    lambda q, k, v, *segments, **_: [((*q.shape[:3], v.shape[3]), q.dtype), (q.shape[:3], jnp.float32)],
+    lambda q, k, v, *spans, **_: [(v.shape, q.dtype), (q.shape[:3], jnp.float32)],
     reference.mla_prefill,
-    cpu=None,
-    why=_NO_KERNEL,
+    batch=_fold_all,
+    why=_NO_GPU,
 )
 MLA_PREFILL_BACKWARD = _ffi.Op(
     "mla_prefill_backward",
-    lambda q, k, v, *rest, **_: [(x.shape, x.dtype) for x in (q, k, v)],
+    lambda q, k, v, *rest, **_: [(x.shape, jnp.float32) for x in (q, k, v)],
     reference.mla_prefill_backward,
     part_of="mla_prefill",
-    cpu=None,
-    why=_NO_KERNEL,
+    batch=_fold_all,
+    why=_NO_GPU,
 )

@@ -497,6 +497,7 @@ CASES = [
         grad=("q", "k", "v"),
         symbolic=("b, 24, 2, 20", "b, 24, 2, 20", "b, 24, 2, 12", "b"),
         mismatch=(("k", 3), ("v", 1), ("seq_lens", 0)),
+        primitive="jaxkern_mla_prefill",
     ),
     Case(
         "dispatch",

@@ -407,7 +407,3 @@ def test_prefill_errors():
         jaxkern.mla_prefill(q, k, v, softmax_scale=1.0, seq_lens=jnp.ones(2))
     with pytest.raises(ValueError, match=r"mla_prefill: q must be .* \[t, h, dk\], got float32\[2,8,2,24\]"):
         jaxkern.mla_prefill(q, k, v, softmax_scale=1.0, cu_seqlens=jnp.array([0, 8], jnp.int32))
-    with pytest.raises(
-        NotImplementedError, match="mla_prefill: implementation 'cpu' is not available: no kernel in this version"
-    ):
-        jaxkern.mla_prefill(q, k, v, softmax_scale=1.0, implementation="cpu")

@@ -51,97 +51,103 @@ def no_minus_inf(x):
 
 # ---- prefill: attention of a sequence to itself, block by block, so that memory is linear in the sequence ----
 #
-# q, k [b, h, t, dk], v [b, h, t, dv]; segments int32 [b, t] or None: a query sees the keys of its own segment, and
-# nothing if that is negative. All tokens that the masks leave out hold finite numbers.
+# q, k [b, t, h, dk], v [b, t, h, dv]; first, last int32 [b, t]: a query sees the keys [first, last) of its row of the
+# batch. A token that sees none is nobody's key, and may hold anything.
 
 
-def mla_prefill(q, k, v, *segments, softmax_scale, causal):
-    """-> out [b, h, t, dv] in q's dtype, lse float32 [b, h, t]."""
-    t = q.shape[2]
+def mla_prefill(q, k, v, first, last, *, softmax_scale):
+    """-> out [b, t, h, dv] in q's dtype, lse float32 [b, t, h]."""
+    t = q.shape[1]
+    queries, keys, values = (_heads_first(x, first, last) for x in (q, k, v))
     if _one_block(t):
-        p, lse = softmax(_masked_logits(q, k, _mask(0, 0, t, *segments, causal=causal), softmax_scale))
-        return _einsum("bhqk,bhkd->bhqd", p, v.astype(jnp.float32)).astype(q.dtype), lse
+        p, lse = softmax(_masked_logits(queries, keys, _mask(0, t, first, last), softmax_scale))
+        return _tokens_first(_einsum("bhqk,bhkd->bhqd", p, values)).astype(q.dtype), _tokens_first(lse)
 
-    (queries, keys, values), segments = _blocks(q, k, v), _segment_blocks(*segments, like=q)
+    (queries, keys, values), spans = _blocks(queries, keys, values), _span_blocks(first, last)
 
     def query_block(_, i):
         def key_block(j, state):
             largest, total, acc = state
-            mask = _mask(i, j, BLOCK, segments[i], segments[j], causal=causal)
+            mask = _mask(j, BLOCK, *(x[i] for x in spans))
             logits = _masked_logits(queries[i], keys[j], mask, softmax_scale)
             larger = jnp.maximum(largest, logits.max(axis=-1))
             p = jnp.exp(logits - no_minus_inf(larger)[..., None])
             shrink = jnp.exp(largest - no_minus_inf(larger))
-            acc = acc * shrink[..., None] + _einsum("bhqk,bhkd->bhqd", p, values[j].astype(jnp.float32))
+            acc = acc * shrink[..., None] + _einsum("bhqk,bhkd->bhqd", p, values[j])
             return larger, total * shrink + p.sum(axis=-1), acc
 
-        zero = jnp.zeros_like(queries[0, ..., 0], dtype=jnp.float32)
-        state = (zero - jnp.inf, zero, jnp.zeros_like(values[0], dtype=jnp.float32))
-        largest, total, acc = jax.lax.fori_loop(0, i + 1 if causal else len(queries), key_block, state)
+        zero = jnp.zeros_like(queries[0, ..., 0])
+        state = (zero - jnp.inf, zero, jnp.zeros_like(values[0]))
+        largest, total, acc = jax.lax.fori_loop(*_key_blocks(*(x[i] for x in spans)), key_block, state)
         out = acc / jnp.where(total == 0, 1, total)[..., None]
         return None, (out.astype(q.dtype), no_minus_inf(largest) + jnp.log(total))
 
     _, (out, lse) = jax.lax.scan(query_block, None, jnp.arange(len(queries)))
-    return _unblock(out, t), _unblock(lse, t)
+    return _tokens_first(_unblock(out, t)), _tokens_first(_unblock(lse, t))
 
 
-def mla_prefill_backward(q, k, v, out, lse, d_out, d_lse, *segments, softmax_scale, causal):
-    """-> dq, dk, dv as q, k, v. The probabilities are computed again from lse."""
-    t = q.shape[2]
-    # d logits = p * (d p - delta): through the softmax, and through lse, whose derivative is p.
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - d_lse
-    delta = jnp.where(lse == -jnp.inf, 0, delta)
+def mla_prefill_backward(q, k, v, lse, d_out, delta, first, last, *, softmax_scale):
+    """-> dq, dk, dv in float32. The probabilities are computed again from lse; delta [b, t, h] is the sum of
+    out * d_out over a row, less d_lse."""
+    t = q.shape[1]
+    arrays = [_heads_first(x, first, last) for x in (q, k, v, no_minus_inf(lse), d_out, delta)]
 
     def gradients(q, k, v, lse, d_out, delta, mask):
-        q, k, v, d_out = (x.astype(jnp.float32) for x in (q, k, v, d_out))
-        p = jnp.exp(_masked_logits(q, k, mask, softmax_scale) - no_minus_inf(lse)[..., None])
+        p = jnp.exp(_masked_logits(q, k, mask, softmax_scale) - lse[..., None])
         d_logits = softmax_scale * p * (_einsum("bhqd,bhkd->bhqk", d_out, v) - delta[..., None])
         dq = _einsum("bhqk,bhkd->bhqd", d_logits, k)
         return dq, _einsum("bhqk,bhqd->bhkd", d_logits, q), _einsum("bhqk,bhqd->bhkd", p, d_out)
 
     if _one_block(t):
-        mask = _mask(0, 0, t, *segments, causal=causal)
-        d_qkv = gradients(q, k, v, lse, d_out, delta, mask)
-        return tuple(d.astype(x.dtype) for d, x in zip(d_qkv, (q, k, v), strict=True))
+        return tuple(_tokens_first(d) for d in gradients(*arrays, _mask(0, t, first, last)))
 
-    arrays, segments = _blocks(q, k, v, lse, d_out, delta), _segment_blocks(*segments, like=q)
-    queries, keys, values, lses, d_outs, deltas = arrays
+    (queries, keys, values, lses, d_outs, deltas), spans = _blocks(*arrays), _span_blocks(first, last)
 
-    def key_block(dq, j):
-        def query_block(i, state):
+    def query_block(state, i):
+        def key_block(j, state):
             dq, dk, dv = state
-            mask = _mask(i, j, BLOCK, segments[i], segments[j], causal=causal)
+            mask = _mask(j, BLOCK, *(x[i] for x in spans))
             more = gradients(queries[i], keys[j], values[j], lses[i], d_outs[i], deltas[i], mask)
-            return dq.at[i].add(more[0]), dk + more[1], dv + more[2]
+            return dq + more[0], dk.at[j].add(more[1]), dv.at[j].add(more[2])
 
-        state = (dq, *(jnp.zeros_like(x[0], dtype=jnp.float32) for x in (keys, values)))
-        dq, dk, dv = jax.lax.fori_loop(j if causal else 0, len(queries), query_block, state)
-        return dq, (dk.astype(k.dtype), dv.astype(v.dtype))
+        state = (jnp.zeros_like(queries[0]), *state)
+        dq, *state = jax.lax.fori_loop(*_key_blocks(*(x[i] for x in spans)), key_block, state)
+        return tuple(state), dq
 
-    dq, (dk, dv) = jax.lax.scan(key_block, jnp.zeros_like(queries, dtype=jnp.float32), jnp.arange(len(queries)))
-    return _unblock(dq.astype(q.dtype), t), _unblock(dk, t), _unblock(dv, t)
+    state = tuple(jnp.zeros_like(x) for x in (keys, values))
+    (dk, dv), dq = jax.lax.scan(query_block, state, jnp.arange(len(queries)))
+    return tuple(_tokens_first(_unblock(d, t)) for d in (dq, dk, dv))
 
 
 def _one_block(t) -> bool:
     return not isinstance(t, int) or t <= BLOCK  # a symbolic length cannot be counted in blocks
 
 
+def _heads_first(x, first, last):
+    """[b, t, h, ...] -> float32 [b, h, t, ...], zero where a token sees nothing."""
+    sees = (first < last).reshape(*first.shape, *[1] * (x.ndim - 2))
+    return jnp.swapaxes(jnp.where(sees, x, 0).astype(jnp.float32), 1, 2)
+
+
+def _tokens_first(x):
+    return jnp.swapaxes(x, 1, 2)
+
+
 def _masked_logits(q, k, mask, softmax_scale):
-    logits = softmax_scale * _einsum("bhqd,bhkd->bhqk", q.astype(jnp.float32), k.astype(jnp.float32))
-    return logits if mask is None else jnp.where(mask, logits, -jnp.inf)
+    return jnp.where(mask, softmax_scale * _einsum("bhqd,bhkd->bhqk", q, k), -jnp.inf)
 
 
-def _mask(i, j, block, own=None, keys=None, *, causal):
-    """Which keys of block j the queries of block i see: [b or 1, 1, block, block], or None for all."""
-    mask = None
-    if causal:
-        token = jnp.arange(block)
-        mask = (i * block + token[:, None] >= j * block + token)[None, None]
-    if own is not None:
-        keys = own if keys is None else keys
-        same = ((own[:, :, None] == keys[:, None, :]) & (keys >= 0)[:, None, :])[:, None]
-        mask = same if mask is None else mask & same
-    return mask
+def _mask(j, block, first, last):
+    """Which keys of block j the queries see that have these spans: [b, 1, queries, block]."""
+    key = j * block + jnp.arange(block)
+    return ((first[..., None] <= key) & (key < last[..., None]))[:, None]
+
+
+def _key_blocks(first, last):
+    """The first and the end of the blocks of keys that any query sees."""
+    sees = first < last
+    begin = jnp.where(sees, first, jnp.iinfo(jnp.int32).max).min() // BLOCK
+    return begin, (jnp.where(sees, last, 0).max() + BLOCK - 1) // BLOCK
 
 
 def _blocks(*arrays):
@@ -155,13 +161,9 @@ def _blocks(*arrays):
     return [split(x) for x in arrays]
 
 
-def _segment_blocks(segments=None, *, like):
-    """segments [b, t] -> [ceil(t / BLOCK), b, BLOCK]; the padding belongs to none."""
-    t = like.shape[2]
-    if segments is None:
-        segments = jnp.zeros_like(like[:, 0, :, 0], dtype=jnp.int32)
-    padded = jnp.pad(segments, [(0, 0), (0, -t % BLOCK)], constant_values=-1)
-    return jnp.moveaxis(padded.reshape(segments.shape[0], -1, BLOCK), 1, 0)
+def _span_blocks(*spans):
+    """[b, t] -> [ceil(t / BLOCK), b, BLOCK]; the padding sees nothing."""
+    return [x[:, :, 0] for x in _blocks(*(x[:, None] for x in spans))]
 
 
 def _unblock(x, t):
