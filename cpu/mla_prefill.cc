@@ -34,7 +34,8 @@ constexpr int kRows = 6;
 constexpr int kVectors = 2;  // registers of its columns
 constexpr int64_t kPanel = kVectors * kLanes;
 constexpr int64_t kBlock = 96;       // tokens: a multiple of kRows and of kPanel
-constexpr int64_t kRangeBlocks = 4;  // that a task of the backward pass takes, of queries and of keys
+constexpr int64_t kQueryBlocks = 4;  // in a task of the forward pass
+constexpr int64_t kRangeBlocks = 8;  // in a task of the backward pass, of queries and of keys
 constexpr int64_t kRange = kRangeBlocks * kBlock;
 constexpr int64_t kSlab = kBlock * kPanel;  // floats; see pack
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
@@ -51,17 +52,22 @@ void with_type(DType type, F f) {
   if (type == DType::f16) f(f16{});
 }
 
-// The rows of one head.
+// The rows of one head, and the keys that their tokens see.
 struct Rows {
   void* data;
   DType type;
   int64_t width, stride;  // in elements
+  const int32_t *first, *last;
 };
 
 Rows rows_of(const Sequences& s, const void* data, DType type, int64_t width, int64_t batch, int64_t head) {
-  int64_t row = batch * s.tokens * s.heads + head;
-  return {const_cast<char*>(static_cast<const char*>(data)) + row * width * size_of(type), type, width,
-          s.heads * width};
+  int64_t token = batch * s.tokens, offset = (token * s.heads + head) * width * size_of(type);
+  return {const_cast<char*>(static_cast<const char*>(data)) + offset,
+          type,
+          width,
+          s.heads * width,
+          s.first + token,
+          s.last + token};
 }
 
 // Tokens [begin, end); none if end is not larger.
@@ -70,37 +76,65 @@ struct Span {
 };
 
 bool overlap(Span a, Span b) { return a.begin < b.end && b.begin < a.end; }
+Span join(Span a, Span b) { return {at_most(a.begin, b.begin), at_least(a.end, b.end)}; }
 
 // What the queries of one block see.
 struct Sight {
-  const int32_t *all_first, *all_last;  // of the sequence's tokens
-  int64_t begin, count;                 // the block
+  int64_t begin, count;  // the block
   alignas(64) int32_t first[kBlock], last[kBlock];
   Span any;  // the keys that some query sees, and those between
   Span all;  // the keys that every query sees
 };
 
-Sight sight_of(const Sequences& s, int64_t batch, int64_t block) {
+Sight sight_of(const Sequences& s, int64_t batch, int64_t begin) {
   Sight sight;
-  sight.all_first = s.first + batch * s.tokens;
-  sight.all_last = s.last + batch * s.tokens;
-  sight.begin = block * kBlock;
-  sight.count = at_most(s.tokens - sight.begin, kBlock);
+  sight.begin = begin;
+  sight.count = at_most(s.tokens - begin, kBlock);
   sight.any = {s.tokens, 0};
   sight.all = {0, s.tokens};
   for (int64_t i = 0; i < kBlock; ++i) {
-    int64_t first = i < sight.count ? at_least(sight.all_first[sight.begin + i], 0) : s.tokens;
-    int64_t last = i < sight.count ? at_most(sight.all_last[sight.begin + i], s.tokens) : 0;
+    int64_t token = batch * s.tokens + begin + i;
+    int64_t first = i < sight.count ? at_least(s.first[token], 0) : s.tokens;
+    int64_t last = i < sight.count ? at_most(s.last[token], s.tokens) : 0;
     if (first >= last) first = s.tokens, last = 0;
     sight.first[i] = int32_t(first);
     sight.last[i] = int32_t(last);
-    sight.any = {at_most(sight.any.begin, first), at_least(sight.any.end, last)};
+    sight.any = join(sight.any, {first, last});
     sight.all = {at_least(sight.all.begin, first), at_most(sight.all.end, last)};
   }
   return sight;
 }
 
-bool sees_nothing(const Sight& sight, int64_t token) { return sight.all_first[token] >= sight.all_last[token]; }
+// The keys [begin, begin + count), at most a block of them, before a block of queries.
+struct Tile {
+  int64_t begin, count;
+  bool all;  // every query sees every key
+};
+
+Tile tile_of(const Sight& sight, int64_t begin, int64_t count) {
+  return {begin, count, sight.all.begin <= begin && begin + count <= sight.all.end};
+}
+
+// Of the tile, the keys that some of the queries [query, query + count) see, and those between.
+Span keys_seen(const Sight& sight, const Tile& tile, int64_t query, int64_t count) {
+  if (tile.all) return {0, tile.count};
+  int32_t first = INT32_MAX, last = 0;
+  for (int64_t i = query; i < query + count; ++i) {
+    first = sight.first[i] < first ? sight.first[i] : first;
+    last = sight.last[i] > last ? sight.last[i] : last;
+  }
+  return {at_least(first - tile.begin, 0), at_most(last - tile.begin, tile.count)};
+}
+
+// The queries that see some of the tile's keys [key, key + count), and those between.
+Span queries_seeing(const Sight& sight, const Tile& tile, int64_t key, int64_t count) {
+  if (tile.all) return {0, sight.count};
+  Span keys = {tile.begin + key, tile.begin + key + count}, queries = {0, sight.count};
+  auto sees = [&](int64_t i) { return overlap({sight.first[i], sight.last[i]}, keys); };
+  while (queries.begin < queries.end && !sees(queries.begin)) ++queries.begin;
+  while (queries.begin < queries.end && !sees(queries.end - 1)) --queries.end;
+  return queries;
+}
 
 // ---- blocks as float32, in the order that the products read ----
 
@@ -110,11 +144,11 @@ int64_t slabs(int64_t width) { return (width + kPanel - 1) / kPanel; }
 // The rows of the tokens [begin, begin + count) as slabs [width / kPanel][kBlock][kPanel], filled up with zeros to a
 // whole slab; zeros also for tokens that see nothing. What lies beyond `count` rows is left as it is.
 template <typename T>
-void pack(const Rows& x, const Sight& sight, int64_t begin, int64_t count, float* to) {
-  constexpr int64_t kAhead = 4;  // rows: they are too far apart for the hardware to fetch the next one
+void pack(const Rows& x, int64_t begin, int64_t count, float* to) {
+  constexpr int64_t kAhead = 8;  // rows: they are too far apart for the hardware to fetch the next one
   for (int64_t row = 0; row < count; ++row) {
     const T* from = static_cast<const T*>(x.data) + (begin + row) * x.stride;
-    int64_t width = sees_nothing(sight, begin + row) ? 0 : x.width;
+    int64_t width = x.first[begin + row] < x.last[begin + row] ? x.width : 0;
     for (int64_t i = 0; i < padded(x.width); i += kLanes) {
       if (i * sizeof(T) % 64 == 0) __builtin_prefetch(from + kAhead * x.stride + i);
       f32v v = {};
@@ -124,8 +158,8 @@ void pack(const Rows& x, const Sight& sight, int64_t begin, int64_t count, float
   }
 }
 
-void pack(const Rows& x, const Sight& sight, int64_t begin, int64_t count, float* to) {
-  with_type(x.type, [&](auto type) { pack<decltype(type)>(x, sight, begin, count, to); });
+void pack(const Rows& x, int64_t begin, int64_t count, float* to) {
+  with_type(x.type, [&](auto type) { pack<decltype(type)>(x, begin, count, to); });
 }
 
 // Slabs of `count` rows, times scale, as panels of queries [kBlock / kPanel][width][kPanel]; rows beyond are zero.
@@ -189,31 +223,39 @@ JAXKERN_INLINE void product_block(const float* a, int64_t pieces, int64_t piece_
     for (int v = 0; v < kVectors; ++v) store(c + r * c_stride + v * kLanes, sums[r][v]);
 }
 
-// out [key][query] = keys x queries^T: slabs times panels.
-void multiply_transposed(const float* keys, int64_t key_count, const float* queries, int64_t query_count, int64_t width,
+// out [key][query] = keys x queries^T, slabs times panels. Only what `mask` leaves is computed, and some around it.
+void multiply_transposed(const Sight& sight, const Tile& tile, const float* keys, const float* queries, int64_t width,
                          float* out) {
-  for (int64_t query = 0; query < query_count; query += kPanel)
-    for (int64_t key = 0; key < key_count; key += kRows)
+  for (int64_t query = 0; query < sight.count; query += kPanel) {
+    Span seen = keys_seen(sight, tile, query, kPanel);
+    for (int64_t key = seen.begin / kRows * kRows; key < seen.end; key += kRows)
       product_block<kPanel, 1>(keys + key * kPanel, slabs(width), kSlab, kPanel, queries + query * padded(width), false,
                                out + key * kBlock + query, kBlock);
+  }
 }
 
 // out [query] += weights^T x rows, over the keys.
-void add_to_queries(const float* weights, int64_t key_count, int64_t query_count, const float* rows, int64_t width,
+void add_to_queries(const Sight& sight, const Tile& tile, const float* weights, const float* rows, int64_t width,
                     float* out) {
-  for (int64_t slab = 0; slab < slabs(width); ++slab)
-    for (int64_t query = 0; query < query_count; query += kRows)
-      product_block<1, kBlock>(weights + query, 1, 0, key_count, rows + slab * kSlab, true,
-                               out + slab * kSlab + query * kPanel, kPanel);
+  for (int64_t query = 0; query < sight.count; query += kRows) {
+    Span seen = keys_seen(sight, tile, query, kRows);
+    for (int64_t slab = 0; slab < slabs(width); ++slab)
+      product_block<1, kBlock>(weights + seen.begin * kBlock + query, 1, 0, seen.end - seen.begin,
+                               rows + slab * kSlab + seen.begin * kPanel, true, out + slab * kSlab + query * kPanel,
+                               kPanel);
+  }
 }
 
 // out [key] += weights x rows, over the queries.
-void add_to_keys(const float* weights, int64_t key_count, int64_t query_count, const float* rows, int64_t width,
+void add_to_keys(const Sight& sight, const Tile& tile, const float* weights, const float* rows, int64_t width,
                  float* out) {
-  for (int64_t slab = 0; slab < slabs(width); ++slab)
-    for (int64_t key = 0; key < key_count; key += kRows)
-      product_block<kBlock, 1>(weights + key * kBlock, 1, 0, query_count, rows + slab * kSlab, true,
-                               out + slab * kSlab + key * kPanel, kPanel);
+  for (int64_t key = 0; key < tile.count; key += kRows) {
+    Span seeing = queries_seeing(sight, tile, key, kRows);
+    for (int64_t slab = 0; slab < slabs(width); ++slab)
+      product_block<kBlock, 1>(weights + key * kBlock + seeing.begin, 1, 0, seeing.end - seeing.begin,
+                               rows + slab * kSlab + seeing.begin * kPanel, true, out + slab * kSlab + key * kPanel,
+                               kPanel);
+  }
 }
 
 // ---- forward ----
@@ -222,12 +264,13 @@ struct Softmax {
   alignas(64) float largest[kBlock], total[kBlock], shrink[kBlock];
 };
 
-// Logits of the keys [begin, begin + count) become -inf where the query does not see the key.
-void mask(const Sight& sight, int64_t begin, int64_t count, float* logits) {
+// Logits become -inf where the query does not see the key.
+void mask(const Sight& sight, const Tile& tile, float* logits) {
+  if (tile.all) return;
   for (int64_t query = 0; query < kBlock; query += kLanes) {
     i32v first = load_raw<i32v>(sight.first + query), last = load_raw<i32v>(sight.last + query);
-    for (int64_t i = 0; i < count; ++i) {
-      int32_t key = int32_t(begin + i);
+    for (int64_t i = 0; i < tile.count; ++i) {
+      int32_t key = int32_t(tile.begin + i);
       float* at = logits + i * kBlock + query;
       store(at, select((first <= key) & (last > key), load(at), splat(-kInfinity)));
     }
@@ -273,42 +316,59 @@ void write_out(const Softmax& state, const Sight& sight, const float* acc, const
   }
 }
 
-void attend(const MlaPrefillParams& p, int64_t batch, int64_t head, int64_t block) {
+void write_lse(const Softmax& state, const Sight& sight, float* lse, int64_t stride) {
+  for (int64_t i = 0; i < sight.count; ++i) {
+    float largest = state.largest[i] == -kInfinity ? 0 : state.largest[i];
+    lse[i * stride] = (largest + __builtin_log2f(state.total[i])) * kLn2;
+  }
+}
+
+// The blocks of queries from token `begin` to `end`, together, so that each block of keys is packed once for all.
+void attend(const MlaPrefillParams& p, int64_t batch, int64_t head, int64_t begin, int64_t end) {
   const Sequences& s = p.sequences;
   int64_t key_floats = kBlock * padded(s.key_width), value_floats = kBlock * padded(s.value_width);
-  float* keys = static_cast<float*>(scratch((2 * key_floats + 2 * value_floats + kBlock * kBlock) * sizeof(float)));
-  float* queries = keys + key_floats;
-  float* values = queries + key_floats;
-  float* acc = values + value_floats;
-  float* weights = acc + value_floats;
-
-  Sight sight = sight_of(s, batch, block);
+  int64_t floats = (1 + kQueryBlocks) * (key_floats + value_floats) + kBlock * kBlock;
+  float* keys = static_cast<float*>(scratch(floats * sizeof(float)));
+  float* values = keys + key_floats;
+  float* weights = values + value_floats;
+  float* queries = weights + kBlock * kBlock;
+  float* acc = queries + kQueryBlocks * key_floats;
+  Sight sights[kQueryBlocks];
+  Softmax states[kQueryBlocks];
   Rows q = rows_of(s, s.q, s.q_type, s.key_width, batch, head);
   Rows k = rows_of(s, s.k, s.k_type, s.key_width, batch, head);
   Rows v = rows_of(s, s.v, s.v_type, s.value_width, batch, head);
-  pack(q, sight, sight.begin, sight.count, keys);
-  transpose_slabs(keys, s.key_width, sight.count, s.softmax_scale * kLog2E, queries);
-  std::memset(acc, 0, value_floats * sizeof(float));
-  Softmax state;
-  for (int64_t i = 0; i < kBlock; ++i) state.largest[i] = -kInfinity, state.total[i] = 0;
-
-  for (int64_t token = sight.any.begin; token < sight.any.end; token += kBlock) {
-    int64_t count = at_most(sight.any.end - token, kBlock);
-    pack(k, sight, token, count, keys);
-    pack(v, sight, token, count, values);
-    multiply_transposed(keys, count, queries, sight.count, s.key_width, weights);
-    mask(sight, token, count, weights);
-    update(state, count, weights);
-    shrink_rows(state.shrink, sight.count, s.value_width, acc);
-    add_to_queries(weights, count, sight.count, values, s.value_width, acc);
+  Rows out = rows_of(s, p.out, s.q_type, s.value_width, batch, head);
+  int64_t blocks = (end - begin + kBlock - 1) / kBlock;
+  Span any = {s.tokens, 0};
+  std::memset(acc, 0, blocks * value_floats * sizeof(float));
+  for (int64_t i = 0; i < blocks; ++i) {
+    sights[i] = sight_of(s, batch, begin + i * kBlock);
+    any = join(any, sights[i].any);
+    pack(q, sights[i].begin, sights[i].count, keys);
+    transpose_slabs(keys, s.key_width, sights[i].count, s.softmax_scale * kLog2E, queries + i * key_floats);
+    for (int64_t row = 0; row < kBlock; ++row) states[i].largest[row] = -kInfinity, states[i].total[row] = 0;
   }
 
-  with_type(s.q_type, [&](auto type) {
-    write_out<decltype(type)>(state, sight, acc, rows_of(s, p.out, s.q_type, s.value_width, batch, head));
-  });
-  for (int64_t i = 0; i < sight.count; ++i) {
-    float largest = state.largest[i] == -kInfinity ? 0 : state.largest[i];
-    p.lse[(batch * s.tokens + sight.begin + i) * s.heads + head] = (largest + __builtin_log2f(state.total[i])) * kLn2;
+  for (int64_t token = any.begin; token < any.end; token += kBlock) {
+    int64_t count = at_most(any.end - token, kBlock);
+    pack(k, token, count, keys);
+    pack(v, token, count, values);
+    for (int64_t i = 0; i < blocks; ++i) {
+      if (!overlap(sights[i].any, {token, token + count})) continue;
+      Tile tile = tile_of(sights[i], token, count);
+      multiply_transposed(sights[i], tile, keys, queries + i * key_floats, s.key_width, weights);
+      mask(sights[i], tile, weights);
+      update(states[i], count, weights);
+      shrink_rows(states[i].shrink, sights[i].count, s.value_width, acc + i * value_floats);
+      add_to_queries(sights[i], tile, weights, values, s.value_width, acc + i * value_floats);
+    }
+  }
+
+  for (int64_t i = 0; i < blocks; ++i) {
+    with_type(s.q_type,
+              [&](auto type) { write_out<decltype(type)>(states[i], sights[i], acc + i * value_floats, out); });
+    write_lse(states[i], sights[i], p.lse + (batch * s.tokens + sights[i].begin) * s.heads + head, s.heads);
   }
 }
 
@@ -316,76 +376,63 @@ void attend(const MlaPrefillParams& p, int64_t batch, int64_t head, int64_t bloc
 
 // The blocks that a task of the backward pass works in.
 struct Blocks {
-  float *queries, *queries_transposed, *d_out, *d_out_transposed, *keys, *values;
-  float *weights, *d_logits;
-  float *d_queries, *d_keys, *d_values;          // the last two of a whole range
+  float *keys, *values, *d_keys, *d_values;  // of a whole range
+  float *queries, *queries_transposed, *d_queries, *d_out, *d_out_transposed, *weights, *d_logits;
   alignas(64) float lse[kBlock], delta[kBlock];  // lse in units of log2(e)
 };
 
-int64_t blocks_floats(const Sequences& s) {
-  int64_t keys = kBlock * padded(s.key_width), values = kBlock * padded(s.value_width);
-  return (4 + kRangeBlocks) * keys + (3 + kRangeBlocks) * values + 2 * kBlock * kBlock;
-}
-
-Blocks blocks_in(const Sequences& s, float* memory) {
-  int64_t keys = kBlock * padded(s.key_width), values = kBlock * padded(s.value_width);
+Blocks blocks_of(const Sequences& s) {
+  int64_t keys = kBlock * padded(s.key_width), values = kBlock * padded(s.value_width), weights = kBlock * kBlock;
+  int64_t floats = (3 + 2 * kRangeBlocks) * keys + (2 + 2 * kRangeBlocks) * values + 2 * weights;
+  float* memory = static_cast<float*>(scratch(floats * sizeof(float)));
   auto take = [&](int64_t floats) {
     float* part = memory;
     memory += floats;
     return part;
   };
   Blocks b;
+  b.keys = take(kRangeBlocks * keys);
+  b.values = take(kRangeBlocks * values);
+  b.d_keys = take(kRangeBlocks * keys);
+  b.d_values = take(kRangeBlocks * values);
   b.queries = take(keys);
   b.queries_transposed = take(keys);
-  b.keys = take(keys);
   b.d_queries = take(keys);
   b.d_out = take(values);
   b.d_out_transposed = take(values);
-  b.values = take(values);
-  b.weights = take(kBlock * kBlock);
-  b.d_logits = take(kBlock * kBlock);
-  b.d_keys = take(kRangeBlocks * keys);
-  b.d_values = take(kRangeBlocks * values);
+  b.weights = take(weights);
+  b.d_logits = take(weights);
   return b;
 }
 
 // Logits become weights, and d_weights d_logits.
-void differentiate(const Sight& sight, int64_t begin, int64_t count, float scale, Blocks& b) {
+template <bool kMasked>
+void differentiate(const Sight& sight, const Tile& tile, float scale, Blocks& b) {
   for (int64_t query = 0; query < kBlock; query += kLanes) {
     i32v first = load_raw<i32v>(sight.first + query), last = load_raw<i32v>(sight.last + query);
     f32v lse = load(b.lse + query), delta = load(b.delta + query);
-    for (int64_t i = 0; i < count; ++i) {
-      int32_t key = int32_t(begin + i);
+    for (int64_t i = 0; i < tile.count; ++i) {
       float *weights = b.weights + i * kBlock + query, *d_logits = b.d_logits + i * kBlock + query;
-      i32v sees = (first <= key) & (last > key);
-      f32v weight = select(sees, exp2(load(weights) - lse), f32v{});
+      f32v weight = exp2(load(weights) - lse), d_logit = weight * (load(d_logits) - delta) * scale;
+      if constexpr (kMasked) {
+        int32_t key = int32_t(tile.begin + i);
+        i32v sees = (first <= key) & (last > key);
+        weight = select(sees, weight, f32v{});
+        d_logit = select(sees, d_logit, f32v{});
+      }
       store(weights, weight);
-      store(d_logits, select(sees, weight * (load(d_logits) - delta) * scale, f32v{}));
+      store(d_logits, d_logit);
     }
   }
-}
-
-// One block of queries and the block of keys from `begin` on, of which d_keys and d_values are.
-void add_gradients(const Sequences& s, const Sight& sight, const Rows& k, const Rows& v, int64_t begin, Blocks& b,
-                   float* d_keys, float* d_values) {
-  int64_t count = at_most(s.tokens - begin, kBlock);
-  pack(k, sight, begin, count, b.keys);
-  pack(v, sight, begin, count, b.values);
-  multiply_transposed(b.keys, count, b.queries_transposed, sight.count, s.key_width, b.weights);
-  multiply_transposed(b.values, count, b.d_out_transposed, sight.count, s.value_width, b.d_logits);
-  differentiate(sight, begin, count, s.softmax_scale, b);
-  add_to_keys(b.weights, count, sight.count, b.d_out, s.value_width, d_values);
-  add_to_keys(b.d_logits, count, sight.count, b.queries, s.key_width, d_keys);
-  add_to_queries(b.d_logits, count, sight.count, b.keys, s.key_width, b.d_queries);
 }
 
 void load_queries(const MlaPrefillBackwardParams& p, const Sight& sight, int64_t batch, int64_t head, Blocks& b) {
   const Sequences& s = p.sequences;
   Rows q = rows_of(s, s.q, s.q_type, s.key_width, batch, head);
   Rows d_out = rows_of(s, p.d_out, s.q_type, s.value_width, batch, head);
-  pack(q, sight, sight.begin, sight.count, b.queries);
+  pack(q, sight.begin, sight.count, b.queries);
   transpose_slabs(b.queries, s.key_width, sight.count, s.softmax_scale * kLog2E, b.queries_transposed);
-  pack(d_out, sight, sight.begin, sight.count, b.d_out);
+  pack(d_out, sight.begin, sight.count, b.d_out);
   transpose_slabs(b.d_out, s.value_width, sight.count, 1.0f, b.d_out_transposed);
   for (int64_t i = 0; i < kBlock; ++i) {
     int64_t at = (batch * s.tokens + sight.begin + at_most(i, sight.count - 1)) * s.heads + head;
@@ -394,68 +441,92 @@ void load_queries(const MlaPrefillBackwardParams& p, const Sight& sight, int64_t
   }
 }
 
-// The ranges number `queries` and `keys`; the first phase writes the gradients, the others add to them.
-void differentiate_range(const MlaPrefillBackwardParams& p, int64_t batch, int64_t head, int64_t queries, int64_t keys,
-                         To how) {
+// Gradients from the tile's keys, block `i` of the range.
+void add_gradients(const Sequences& s, const Sight& sight, const Tile& tile, int64_t i, Blocks& b) {
+  int64_t key_floats = kBlock * padded(s.key_width), value_floats = kBlock * padded(s.value_width);
+  const float *keys = b.keys + i * key_floats, *values = b.values + i * value_floats;
+  multiply_transposed(sight, tile, keys, b.queries_transposed, s.key_width, b.weights);
+  multiply_transposed(sight, tile, values, b.d_out_transposed, s.value_width, b.d_logits);
+  tile.all ? differentiate<false>(sight, tile, s.softmax_scale, b)
+           : differentiate<true>(sight, tile, s.softmax_scale, b);
+  add_to_keys(sight, tile, b.weights, b.d_out, s.value_width, b.d_values + i * value_floats);
+  add_to_keys(sight, tile, b.d_logits, b.queries, s.key_width, b.d_keys + i * key_floats);
+  add_to_queries(sight, tile, b.d_logits, keys, s.key_width, b.d_queries);
+}
+
+// Between the range of queries from token `first_query` on and that of keys from `first_key` on.
+void differentiate_range(const MlaPrefillBackwardParams& p, int64_t batch, int64_t head, int64_t first_query,
+                         int64_t first_key, To how) {
   const Sequences& s = p.sequences;
   int64_t key_floats = kBlock * padded(s.key_width), value_floats = kBlock * padded(s.value_width);
-  Blocks b = blocks_in(s, static_cast<float*>(scratch(blocks_floats(s) * sizeof(float))));
+  int64_t end_query = at_most(first_query + kRange, s.tokens), end_key = at_most(first_key + kRange, s.tokens);
+  Sight sights[kRangeBlocks];
+  int64_t blocks = 0;
+  Span any = {s.tokens, 0};
+  for (int64_t query = first_query; query < end_query; query += kBlock, ++blocks) {
+    sights[blocks] = sight_of(s, batch, query);
+    any = join(any, sights[blocks].any);
+  }
+  if (how == To::add && !overlap(any, {first_key, end_key})) return;
+
+  Blocks b = blocks_of(s);
   Rows k = rows_of(s, s.k, s.k_type, s.key_width, batch, head);
   Rows v = rows_of(s, s.v, s.v_type, s.value_width, batch, head);
   Rows dq = rows_of(s, p.dq, DType::f32, s.key_width, batch, head);
   Rows dk = rows_of(s, p.dk, DType::f32, s.key_width, batch, head);
   Rows dv = rows_of(s, p.dv, DType::f32, s.value_width, batch, head);
-  int64_t first_key = keys * kRange, end_key = at_most(first_key + kRange, s.tokens);
-  int64_t end_query = at_most((queries + 1) * kRange, s.tokens);
-  bool any = false;
-  std::memset(b.d_keys, 0, kRangeBlocks * key_floats * sizeof(float));
-  std::memset(b.d_values, 0, kRangeBlocks * value_floats * sizeof(float));
-
-  for (int64_t query = queries * kRange; query < end_query; query += kBlock) {
-    Sight sight = sight_of(s, batch, query / kBlock);
+  auto each_tile = [&](auto f) {
+    for (int64_t i = 0; first_key + i * kBlock < end_key; ++i)
+      f(i, Span{first_key + i * kBlock, at_most(first_key + (i + 1) * kBlock, end_key)});
+  };
+  std::memset(b.d_keys, 0, kRangeBlocks * (key_floats + value_floats) * sizeof(float));
+  each_tile([&](int64_t i, Span keys) {
+    if (!overlap(any, keys)) return;
+    pack(k, keys.begin, keys.end - keys.begin, b.keys + i * key_floats);
+    pack(v, keys.begin, keys.end - keys.begin, b.values + i * value_floats);
+  });
+  for (int64_t block = 0; block < blocks; ++block) {
+    const Sight& sight = sights[block];
     bool sees = overlap(sight.any, {first_key, end_key});
     if (!sees && how == To::add) continue;
-    any = true;
     std::memset(b.d_queries, 0, key_floats * sizeof(float));
     if (sees) load_queries(p, sight, batch, head, b);
-    for (int64_t key = first_key; key < end_key; key += kBlock) {
-      int64_t i = (key - first_key) / kBlock;
-      if (overlap(sight.any, {key, key + kBlock}))
-        add_gradients(s, sight, k, v, key, b, b.d_keys + i * key_floats, b.d_values + i * value_floats);
-    }
+    each_tile([&](int64_t i, Span keys) {
+      if (overlap(sight.any, keys)) add_gradients(s, sight, tile_of(sight, keys.begin, keys.end - keys.begin), i, b);
+    });
     unpack(b.d_queries, sight.begin, sight.count, how, dq);
   }
-  if (!any) return;
-  for (int64_t key = first_key; key < end_key; key += kBlock) {
-    int64_t i = (key - first_key) / kBlock, count = at_most(end_key - key, kBlock);
-    unpack(b.d_keys + i * key_floats, key, count, how, dk);
-    unpack(b.d_values + i * value_floats, key, count, how, dv);
-  }
+  each_tile([&](int64_t i, Span keys) {
+    unpack(b.d_keys + i * key_floats, keys.begin, keys.end - keys.begin, how, dk);
+    unpack(b.d_values + i * value_floats, keys.begin, keys.end - keys.begin, how, dv);
+  });
 }
 
 }  // namespace
 
 void mla_prefill(const MlaPrefillParams& p, const Threads& threads) {
   const Sequences& s = p.sequences;
-  int64_t blocks = (s.tokens + kBlock - 1) / kBlock;
+  constexpr int64_t kQueries = kQueryBlocks * kBlock;
+  int64_t tasks = (s.tokens + kQueries - 1) / kQueries;
   prefer_large_pages(p.out, s.batch * s.tokens * s.heads * s.value_width * size_of(s.q_type));
-  // The last blocks of a head first: under a causal mask they take longest.
-  threads.for_each(s.batch * s.heads * blocks, [&](int64_t task) {
-    int64_t sequence = task / blocks;
-    attend(p, sequence / s.heads, sequence % s.heads, blocks - 1 - task % blocks);
+  // The last queries of a head first: under a causal mask they take longest.
+  threads.for_each(s.batch * s.heads * tasks, [&](int64_t task) {
+    int64_t sequence = task / tasks, begin = (tasks - 1 - task % tasks) * kQueries;
+    attend(p, sequence / s.heads, sequence % s.heads, begin, at_most(begin + kQueries, s.tokens));
   });
 }
 
 void mla_prefill_backward(const MlaPrefillBackwardParams& p, const Threads& threads) {
   const Sequences& s = p.sequences;
-  int64_t ranges = (s.tokens + kRange - 1) / kRange, floats = s.batch * s.tokens * s.heads;
-  prefer_large_pages(p.dq, floats * s.key_width * sizeof(float));
-  prefer_large_pages(p.dk, floats * s.key_width * sizeof(float));
-  prefer_large_pages(p.dv, floats * s.value_width * sizeof(float));
+  int64_t ranges = (s.tokens + kRange - 1) / kRange, rows = s.batch * s.tokens * s.heads;
+  prefer_large_pages(p.dq, rows * s.key_width * sizeof(float));
+  prefer_large_pages(p.dk, rows * s.key_width * sizeof(float));
+  prefer_large_pages(p.dv, rows * s.value_width * sizeof(float));
   for (int64_t phase = 0; phase < ranges; ++phase) {
     threads.for_each(s.batch * s.heads * ranges, [&](int64_t task) {
       int64_t sequence = task / ranges, queries = task % ranges, keys = (queries + ranges - phase) % ranges;
-      differentiate_range(p, sequence / s.heads, sequence % s.heads, queries, keys, phase == 0 ? To::write : To::add);
+      differentiate_range(p, sequence / s.heads, sequence % s.heads, queries * kRange, keys * kRange,
+                          phase == 0 ? To::write : To::add);
     });
   }
 }
