@@ -55,8 +55,9 @@ class Op:
     results: (*avals, **params) -> [(shape, dtype), ...].
     reference: (*arrays, **params) -> (array, ...), in plain JAX.
     part_of: the public functions that run this op, where it is none itself.
-    cpu: version of the CPU target; None where the reference is the only implementation, which `why` then explains.
+    cpu: version of the CPU target; None where the reference is the only implementation.
     hopper: the op's Hopper kernel, if there is one.
+    why: what there is to say of a kernel that is missing.
     sizes: parameters that are sizes of results. They may be symbolic, so the target reads them off its buffers instead.
     batch: (size, arrays, is_batched, **params) -> (arrays, params, unbatch): how to fold a leading axis of `size` into
         the operands and take it out of each result again. NotImplemented, or None here, maps the op over the axis.
@@ -120,11 +121,8 @@ def why_not(op: Op, implementation: str) -> str:
     if implementation == "cpu" and op.cpu is None:
         return op.why
     if implementation in ("cuda", "sim"):
-        return (
-            f"no Hopper kernel for this op yet{op.why and f' ({op.why})'}"
-            if op.hopper is None
-            else not_built(implementation)
-        )
+        more = op.why and f" ({op.why})"
+        return f"no Hopper kernel for this op yet{more}" if op.hopper is None else not_built(implementation)
     return ""
 
 

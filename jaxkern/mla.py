@@ -82,16 +82,19 @@ def mla_prefill(
 ) -> tuple[jax.Array, jax.Array]:
     """Attention of sequences to themselves, with keys and values of their own for each head.
 
-    Shapes and dtypes: q, k float32 or bfloat16 [b, t, h, dk] and v [b, t, h, dv], with seq_lens int32 [b] if the
-        sequences are shorter than t; or several sequences packed into one, q, k [t, h, dk] and v [t, h, dv] with
-        cu_seqlens int32 [b + 1], sequence i being the tokens [cu_seqlens[i], cu_seqlens[i + 1]). out as v in q's dtype;
-        lse float32 [b, t, h] or [t, h]. DeepSeek-V3 has dk = 192, dv = 128.
-    Units: with causal, a query sees the keys up to its own position; without it, all of its sequence. Tokens past the
-        end of the sequences may hold anything; they have out 0 and lse -inf. lse is the natural logarithm of the sum of
-        exp(softmax_scale * q . k); sums are float32. Memory is linear in t.
+    Shapes and dtypes: q, k [b, t, h, dk] and v [b, t, h, dv], each float32, bfloat16 or float16, with seq_lens int32
+        [b] if the sequences are shorter than t; or several sequences packed into one, q, k [t, h, dk] and v [t, h, dv]
+        with cu_seqlens int32 [b + 1], sequence i being the tokens [cu_seqlens[i], cu_seqlens[i + 1]). out as v in q's
+        dtype; lse float32 [b, t, h] or [t, h]. DeepSeek-V3 has dk = 192, dv = 128.
+    Units: with causal, a query sees the keys up to its own position; without it, all of its sequence. Tokens outside
+        the sequences may hold anything; they have out 0, lse -inf and no gradient. lse is the natural logarithm of the
+        sum of exp(softmax_scale * q . k). Weights and sums are float32. Memory is linear in t, and time in the pairs
+        of a query and a key that it sees.
     Sharding: shard_map, over b and over h.
-    Gradient: of out and lse, with respect to q, k and v.
-    Implementations: xla.
+    Gradient: of out and lse, with respect to q, k and v. Results and gradients have the same bits on every run and on
+        any number of threads.
+    Implementations: cpu, xla. A GPU runs the latter, block by block: cuDNN's kernel, as jax.nn.dot_product_attention
+        offers it, takes keys and values of one width, returns lse rounded to 16 bits and drops the gradient of lse.
     Errors: TypeError for a dtype, ValueError for a shape or for both seq_lens and cu_seqlens.
     Source: DeepSeek-V2 report, section 2.1; FlashAttention-2.
     """
@@ -102,6 +105,7 @@ def mla_prefill(
     q = sizes.check("q", q, PREFILL_FLOATS, f"{dims} dk")
     k = sizes.check("k", k, PREFILL_FLOATS, f"{dims} dk")
     v = sizes.check("v", v, PREFILL_FLOATS, f"{dims} dv")
+    # The sequence of each token, [first, end) of its row of the batch, and of it the keys that the token sees.
     token = jnp.arange(sizes["t"], dtype=jnp.int32)
     if packed:
         starts = sizes.check("cu_seqlens", cu_seqlens, INT32, "sequences+1")
@@ -115,7 +119,7 @@ def mla_prefill(
     else:
         first, end = jnp.zeros((1, 1), jnp.int32), jnp.full((1, 1), sizes["t"], jnp.int32)
     last = jnp.minimum(end, token + 1 if causal else sizes["t"])
-    inside = (token >= first) & (token < end)
+    inside = (token >= first) & (token < end)  # the others see none
     spans = (jnp.broadcast_to(jnp.where(inside, x, 0), q.shape[:2]) for x in (first, last))
     static = (float(softmax_scale), _ffi.resolve(MLA_PREFILL, implementation))
     out, lse = _prefill(static, *_ffi.align(q, k, v, *spans))
@@ -208,8 +212,7 @@ MLA_DECODE = _ffi.Op(
         workspaces=_hopper_workspaces,
     ),
 )
-# What jax.nn.dot_product_attention(implementation="cudnn", return_residual=True) leaves out, as of JAX 0.10.
-_NO_GPU = "cuDNN's attention rounds lse to 16 bits and drops its gradient"
+_NO_GPU = "cuDNN's, through jax.nn.dot_product_attention, rounds lse to 16 bits and drops its gradient"
 MLA_PREFILL = _ffi.Op(
     "mla_prefill",
     lambda q, k, v, *spans, **_: [(v.shape, q.dtype), (q.shape[:3], jnp.float32)],
