@@ -56,18 +56,20 @@ ffi::Error mla_prefill(ffi::ThreadPool pool, Buffer q, Buffer k, Buffer v, Buffe
   return ffi::Error::Success();
 }
 
-ffi::Error mla_prefill_backward(ffi::ThreadPool pool, Buffer q, Buffer k, Buffer v, Buffer lse, Buffer d_out,
-                                Buffer delta, Buffer first, Buffer last, Result dq, Result dk, Result dv,
+ffi::Error mla_prefill_backward(ffi::ThreadPool pool, Buffer q, Buffer k, Buffer v, Buffer out, Buffer lse,
+                                Buffer d_out, Buffer d_lse, Buffer first, Buffer last, Result dq, Result dk, Result dv,
                                 float softmax_scale) {
   Check check("mla_prefill_backward");
   cpu::Sequences s = sequences(check, q, k, v, first, last, softmax_scale);
   if (check.failed()) return check.error();
+  check.shape("out", out, {s.batch, s.tokens, s.heads, s.value_width});
+  check.dtype("out", out, {q.element_type()});
   check.shape("lse", lse, {s.batch, s.tokens, s.heads});
   check.dtype("lse", lse, {F32});
   check.shape("d_out", d_out, {s.batch, s.tokens, s.heads, s.value_width});
   check.dtype("d_out", d_out, {q.element_type()});
-  check.shape("delta", delta, {s.batch, s.tokens, s.heads});
-  check.dtype("delta", delta, {F32});
+  check.shape("d_lse", d_lse, {s.batch, s.tokens, s.heads});
+  check.dtype("d_lse", d_lse, {F32});
   check.shape("dq", *dq, {s.batch, s.tokens, s.heads, s.key_width});
   check.dtype("dq", *dq, {F32});
   check.shape("dk", *dk, {s.batch, s.tokens, s.heads, s.key_width});
@@ -77,9 +79,10 @@ ffi::Error mla_prefill_backward(ffi::ThreadPool pool, Buffer q, Buffer k, Buffer
   if (check.failed()) return check.error();
 
   cpu::mla_prefill_backward({.sequences = s,
+                             .out = out.untyped_data(),
                              .d_out = d_out.untyped_data(),
                              .lse = lse.typed_data<float>(),
-                             .delta = delta.typed_data<float>(),
+                             .d_lse = d_lse.typed_data<float>(),
                              .dq = dq->typed_data<float>(),
                              .dk = dk->typed_data<float>(),
                              .dv = dv->typed_data<float>()},
@@ -93,6 +96,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_prefill_v1, mla_prefill,
                               signature(Operands<5>{}, Results<2>{}).Attr<float>("softmax_scale"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(mla_prefill_backward_v1, mla_prefill_backward,
-                              signature(Operands<8>{}, Results<3>{}).Attr<float>("softmax_scale"));
+                              signature(Operands<9>{}, Results<3>{}).Attr<float>("softmax_scale"));
 
 }  // namespace jaxkern

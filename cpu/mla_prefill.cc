@@ -7,7 +7,7 @@
 // The backward pass computes the weights again from lse, and with them, for each pair of blocks,
 //
 //   d_weights [key][query] = values x d_out^T
-//   d_logits = scale * weights * (d_weights - delta)
+//   d_logits = scale * weights * (d_weights - delta), delta = the sum of out * d_out over a row, less d_lse
 //   d_values += weights x d_out        d_keys += d_logits x queries        d_queries += d_logits^T x keys
 //
 // A query is a lane in weights and d_logits, so that softmax needs no sum over the lanes of a register, and each of the
@@ -426,18 +426,33 @@ void differentiate(const Sight& sight, const Tile& tile, float scale, Blocks& b)
   }
 }
 
+// delta [query]: the sum of out * d_out, as slabs, over its row.
+template <typename T>
+void dot_rows(const Rows& out, const Sight& sight, const float* d_out, float* delta) {
+  for (int64_t row = 0; row < sight.count; ++row) {
+    const T* from = static_cast<const T*>(out.data) + (sight.begin + row) * out.stride;
+    f32v sums = {};
+    for (int64_t i = 0; i < out.width; i += kLanes)
+      sums += load_lanes(from + i, out.width - i) * load(d_out + i / kPanel * kSlab + row * kPanel + i % kPanel);
+    delta[row] = sum(sums);
+  }
+}
+
 void load_queries(const MlaPrefillBackwardParams& p, const Sight& sight, int64_t batch, int64_t head, Blocks& b) {
   const Sequences& s = p.sequences;
   Rows q = rows_of(s, s.q, s.q_type, s.key_width, batch, head);
+  Rows out = rows_of(s, p.out, s.q_type, s.value_width, batch, head);
   Rows d_out = rows_of(s, p.d_out, s.q_type, s.value_width, batch, head);
   pack(q, sight.begin, sight.count, b.queries);
   transpose_slabs(b.queries, s.key_width, sight.count, s.softmax_scale * kLog2E, b.queries_transposed);
   pack(d_out, sight.begin, sight.count, b.d_out);
   transpose_slabs(b.d_out, s.value_width, sight.count, 1.0f, b.d_out_transposed);
+  with_type(s.q_type, [&](auto type) { dot_rows<decltype(type)>(out, sight, b.d_out, b.delta); });
   for (int64_t i = 0; i < kBlock; ++i) {
-    int64_t at = (batch * s.tokens + sight.begin + at_most(i, sight.count - 1)) * s.heads + head;
-    b.lse[i] = p.lse[at] == -kInfinity ? 0 : p.lse[at] * kLog2E;
-    b.delta[i] = p.delta[at];
+    int64_t at = (batch * s.tokens + sight.begin + i) * s.heads + head;
+    bool sums = i < sight.count && p.lse[at] != -kInfinity;
+    b.lse[i] = sums ? p.lse[at] * kLog2E : 0;
+    b.delta[i] = sums ? b.delta[i] - p.d_lse[at] : 0;
   }
 }
 

@@ -24,10 +24,9 @@ struct MlaPrefillParams {
 
 struct MlaPrefillBackwardParams {
   Sequences sequences;
-  const void* d_out;  // as out
-  const float* lse;
-  const float* delta;   // [batch, tokens, heads]: the sum of out * d_out over a row, less d_lse
-  float *dq, *dk, *dv;  // as q, k, v
+  const void *out, *d_out;
+  const float *lse, *d_lse;
+  float *dq, *dk, *dv;  // of the shapes of q, k, v
 };
 
 JAXKERN_KERNEL(mla_prefill, MlaPrefillParams)

@@ -140,13 +140,9 @@ def _prefill_forward(static, *arrays):
 def _prefill_backward(static, residuals, cotangents):
     softmax_scale, implementation = static
     q, k, v, first, last, out, lse = residuals
-    d_out, d_lse = cotangents
-    # d logits = p * (d p - delta): through the softmax, and through lse, whose derivative is p.
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - d_lse
-    delta = jnp.where(lse == -jnp.inf, 0, delta)
     gradients = _ffi.call(
         MLA_PREFILL_BACKWARD,
-        *_ffi.align(q, k, v, lse, d_out, delta, first, last),
+        *_ffi.align(q, k, v, out, lse, *cotangents, first, last),
         implementation=implementation,
         softmax_scale=softmax_scale,
     )

@@ -86,10 +86,12 @@ def mla_prefill(q, k, v, first, last, *, softmax_scale):
     return _tokens_first(_unblock(out, t)), _tokens_first(_unblock(lse, t))
 
 
-def mla_prefill_backward(q, k, v, lse, d_out, delta, first, last, *, softmax_scale):
-    """-> dq, dk, dv in float32. The probabilities are computed again from lse; delta [b, t, h] is the sum of
-    out * d_out over a row, less d_lse."""
+def mla_prefill_backward(q, k, v, out, lse, d_out, d_lse, first, last, *, softmax_scale):
+    """-> dq, dk, dv in float32. The probabilities are computed again from lse."""
     t = q.shape[1]
+    # d logits = p * (d p - delta): through the softmax, and through lse, whose derivative is p.
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1) - d_lse
+    delta = jnp.where(lse == -jnp.inf, 0, delta)
     arrays = [_heads_first(x, first, last) for x in (q, k, v, no_minus_inf(lse), d_out, delta)]
 
     def gradients(q, k, v, lse, d_out, delta, mask):
