@@ -1,8 +1,10 @@
 """MLA attention against loops in float64 and against plain attention's own gradients."""
 
+import functools
 import os
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ import jaxkern
 
 IMPLEMENTATIONS = ["cpu", "xla"]
 BF16 = ml_dtypes.bfloat16
+ROUNDING = {np.float32: 2.0**-24, BF16: 2.0**-8, np.float16: 2.0**-11}  # relative, at most
 
 mla_decode = jax.jit(
     jaxkern.mla_decode, static_argnames=["softmax_scale", "latent_dim", "causal", "num_splits", "implementation"]
@@ -281,65 +284,95 @@ def weighted_sum(results):
     return (out.astype(jnp.float32) * weights).sum() + jnp.where(jnp.isfinite(lse), jnp.sin(lse), 0).sum()
 
 
+def prefill_by_hand(q, k, v, sees, softmax_scale, d_out, d_lse):
+    """out, lse and the gradients of q, k and v in float64; sees [b, t, t] tells which keys a query sees."""
+    q, k, v, d_out, d_lse = (np.asarray(x).astype(np.float64) for x in (q, k, v, d_out, d_lse))
+    with np.errstate(divide="ignore"):
+        logits = np.where(sees[:, None], softmax_scale * np.einsum("bqhd,bkhd->bhqk", q, k), -np.inf)
+        largest = np.maximum(logits.max(axis=-1, keepdims=True, initial=-np.inf), -1e300)
+        lse = (largest + np.log(np.exp(logits - largest).sum(axis=-1, keepdims=True)))[..., 0]
+    p = np.where(sees[:, None], np.exp(logits - np.maximum(lse, -1e300)[..., None]), 0)
+    out = np.einsum("bhqk,bkhd->bqhd", p, v)
+    delta = np.einsum("bqhd,bqhd->bhq", d_out, out) - np.swapaxes(d_lse, 1, 2)
+    d_logits = softmax_scale * p * (np.einsum("bqhd,bkhd->bhqk", d_out, v) - delta[..., None])
+    dq, dk = np.einsum("bhqk,bkhd->bqhd", d_logits, k), np.einsum("bhqk,bqhd->bkhd", d_logits, q)
+    return out, np.swapaxes(lse, 1, 2), dq, dk, np.einsum("bhqk,bqhd->bkhd", p, d_out)
+
+
+@functools.partial(jax.jit, static_argnames=["softmax_scale", "causal", "implementation"])
+def prefill_and_gradients(q, k, v, d_out, d_lse, **kwargs):
+    (out, lse), backward = jax.vjp(lambda *a: jaxkern.mla_prefill(*a, **kwargs), q, k, v)
+    return out, lse, *backward((d_out, d_lse))
+
+
 def sequences(seed, b, t, h, dk, dv, dtype=np.float32):
     rng = np.random.default_rng(seed)
     return [jnp.asarray(rng.standard_normal((b, t, h, d)).astype(dtype)) for d in (dk, dk, dv)]
 
 
+def cotangents(q, v):
+    rng = np.random.default_rng(99)
+    return rng.standard_normal(v.shape).astype(q.dtype), rng.standard_normal(q.shape[:-1]).astype(np.float32)
+
+
+def assert_close(got, expected, rtol=1e-5):
+    """Tolerances are relative to the largest of an array."""
+    got, expected = np.asarray(got).astype(np.float64), np.asarray(expected).astype(np.float64)
+    assert got.shape == expected.shape
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(got[~finite], expected[~finite])
+    limit = rtol * max(1, np.abs(expected[finite]).max(initial=0))
+    np.testing.assert_allclose(got[finite], expected[finite], rtol=0, atol=limit)
+
+
 def assert_prefills(call, expected_call, arrays, rtol=1e-5):
-    """Results and gradients; tolerances relative to the largest of an array."""
+    """Results and gradients."""
 
     def both(call):
         return jax.jit(lambda *a: (call(*a), jax.grad(lambda *a: weighted_sum(call(*a)), (0, 1, 2))(*a)))(*arrays)
 
     for got, expected in zip(*(jax.tree.leaves(both(c)) for c in (call, expected_call)), strict=True):
-        assert got.shape == expected.shape
-        got, expected = np.asarray(got).astype(np.float64), np.asarray(expected).astype(np.float64)
-        finite = np.isfinite(expected)
-        np.testing.assert_array_equal(got[~finite], expected[~finite])
-        limit = rtol * max(1, np.abs(expected[finite]).max(initial=0))
-        np.testing.assert_allclose(got[finite], expected[finite], rtol=0, atol=limit)
+        assert_close(got, expected, rtol)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("t", [1, 20, 600])
-def test_prefill(t, causal):
+@pytest.mark.parametrize("t,dk,dv", [(1, 24, 16), (20, 24, 16), (600, 24, 16), (900, 7, 35), (200, 192, 128)], ids=str)
+def test_prefill(t, dk, dv, causal, implementation):
+    scale = 0.3 * (24 / dk) ** 0.5
     assert_prefills(
-        lambda *a: jaxkern.mla_prefill(*a, softmax_scale=0.3, causal=causal),
-        lambda *a: attention(*a, 0.3, causal),
-        sequences(t, 2, t, 3, 24, 16),
+        lambda *a: jaxkern.mla_prefill(*a, softmax_scale=scale, causal=causal, implementation=implementation),
+        lambda *a: attention(*a, scale, causal),
+        sequences(t, 2, t, 3, dk, dv),
     )
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("t", [33, 600])
-def test_prefill_of_padded_sequences(t):
+def test_prefill_of_padded_sequences(t, implementation):
     seq_lens = jnp.array([t, t // 2, 0, 1], jnp.int32)
     segments = jnp.where(jnp.arange(t) < seq_lens[:, None], 0, -1)
+    inside = (segments >= 0)[..., None, None]
     arrays = sequences(t, 4, t, 2, 24, 16)
-    causal = t < 100
+    kwargs = dict(softmax_scale=0.3, causal=t < 100, seq_lens=seq_lens, implementation=implementation)
     assert_prefills(
-        lambda *a: jaxkern.mla_prefill(*a, softmax_scale=0.3, causal=causal, seq_lens=seq_lens),
-        lambda *a: attention(*a, 0.3, causal, segments),
-        arrays,
+        lambda *a: jaxkern.mla_prefill(*a, **kwargs), lambda *a: attention(*a, 0.3, t < 100, segments), arrays
     )
-    # What lies past the end may be anything, and gets no gradient.
-    poisoned = [jnp.where((segments >= 0)[..., None, None], x, jnp.nan) for x in arrays]
-
-    @jax.jit
-    def call(*a):
-        return jaxkern.mla_prefill(*a, softmax_scale=0.3, seq_lens=seq_lens)
-
-    for got, expected in zip(call(*poisoned), call(*arrays), strict=True):
-        np.testing.assert_array_equal(got, expected)
-    gradients = jax.jit(jax.grad(lambda *a: weighted_sum(call(*a)), (0, 1, 2)))(*poisoned)
-    for g in gradients:
-        assert np.isfinite(np.asarray(g)).all() and (np.asarray(g)[np.asarray(segments < 0)] == 0).all()
+    # What lies past the end may be anything, cotangents too, and gets no gradient.
+    arrays += cotangents(arrays[0], arrays[2])
+    poisoned = [jnp.where(inside if x.ndim == 4 else inside[..., 0], x, jnp.nan) for x in arrays]
+    results, expected = (prefill_and_gradients(*a, **kwargs) for a in (poisoned, arrays))
+    for got, e in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(got, e)
+    for gradient in results[2:]:
+        assert (jnp.where(inside, 0, gradient) == 0).all()
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("t", [40, 600])
-def test_prefill_of_packed_sequences(t):
-    cu_seqlens = [0, 7, 7, t // 2, t - 3]  # one is empty, three tokens belong to none
-    arrays = [x[0] for x in sequences(t, 1, t, 2, 24, 16)]
+def test_prefill_of_packed_sequences(t, implementation):
+    cu_seqlens = [2, 9, 9, t // 2, t - 3]  # one is empty; five tokens, which may be anything, belong to none
+    arrays = [x[0].at[:2].set(jnp.nan).at[t - 3 :].set(jnp.nan) for x in sequences(t, 1, t, 2, 24, 16)]
     packed = jnp.array(cu_seqlens, jnp.int32)
 
     def one_by_one(*arrays):
@@ -349,34 +382,195 @@ def test_prefill_of_packed_sequences(t):
             if j > i
         ]
         out, lse = (jnp.concatenate([p[i][0] for p in parts]) for i in (0, 1))
-        return jnp.pad(out, [(0, 3), (0, 0), (0, 0)]), jnp.pad(lse, [(0, 3), (0, 0)], constant_values=-jnp.inf)
+        return jnp.pad(out, [(2, 3), (0, 0), (0, 0)]), jnp.pad(lse, [(2, 3), (0, 0)], constant_values=-jnp.inf)
 
-    assert_prefills(lambda *a: jaxkern.mla_prefill(*a, softmax_scale=0.3, cu_seqlens=packed), one_by_one, arrays)
+    def call(*a):
+        return jaxkern.mla_prefill(*a, softmax_scale=0.3, cu_seqlens=packed, implementation=implementation)
 
-
-def test_prefill_in_bfloat16_is_float32_rounded_once():
-    arrays = sequences(0, 2, 280, 2, 48, 32, BF16)
-    out, lse = jax.jit(lambda *a: jaxkern.mla_prefill(*a, softmax_scale=0.2))(*arrays)
-    expected = jax.jit(lambda *a: attention(*a, 0.2))(*[x.astype(jnp.float32) for x in arrays])
-    assert out.dtype == BF16 and lse.dtype == np.float32
-    flash_mla_accepts(out, expected[0], 1e-6, 1 / 255, 5e-6)
-    flash_mla_accepts(lse, expected[1], 1e-6, 1e-5, 1e-9)
-    gradients = jax.jit(jax.grad(lambda *a: weighted_sum(jaxkern.mla_prefill(*a, softmax_scale=0.2)), (0, 1, 2)))(
-        *arrays
-    )
-    wide = [x.astype(jnp.float32) for x in arrays]
-    expected = jax.jit(jax.grad(lambda *a: weighted_sum(attention(*a, 0.2)), (0, 1, 2)))(*wide)
-    for g, e in zip(gradients, expected, strict=True):
-        assert g.dtype == BF16
-        flash_mla_accepts(g, e, 4e-3 * float(jnp.abs(e).max()), 2 / 128, 2e-5)  # the cotangent was rounded too
+    assert_prefills(call, one_by_one, arrays)
 
 
-def test_prefill_memory_is_linear():
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_prefill_any_shape(implementation, data):
+    packed, causal = data.draw(st.booleans()), data.draw(st.booleans())
+    b, h = 1 if packed else data.draw(st.integers(0, 3)), data.draw(st.integers(0, 3))
+    t = data.draw(st.one_of(st.sampled_from([0, 1, 95, 96, 97, 256, 400]), st.integers(0, 300)))
+    dk, dv = data.draw(st.tuples(st.integers(1, 80), st.integers(1, 80)))
+    dtypes = [data.draw(st.sampled_from([np.float32, BF16, np.float16])) for _ in range(3)]
+    q, k, v = (x.astype(d) for x, d in zip(sequences(t, b, t, h, dk, dv), dtypes, strict=True))
+    if packed:
+        ends = sorted(data.draw(st.lists(st.integers(0, t), min_size=1, max_size=5)))
+        sequence = np.searchsorted(ends, np.arange(t), side="right") - 1
+        sequence = np.where(sequence < len(ends) - 1, sequence, -1)[None]
+        lengths = {"cu_seqlens": np.array(ends, np.int32)}
+    else:
+        seq_lens = data.draw(st.lists(st.integers(-1, t + 1), min_size=b, max_size=b))
+        sequence = np.where(np.arange(t) < np.reshape(seq_lens, (b, 1)), 0, -1)
+        lengths = {"seq_lens": np.array(seq_lens, np.int32)}
+    sees = (sequence[:, :, None] == sequence[:, None]) & (sequence >= 0)[:, None]
+    if causal:
+        sees &= np.tri(t, dtype=bool)
+    arrays = q, k, v, *cotangents(q, v)
+    kwargs = dict(softmax_scale=dk**-0.5, causal=causal, implementation=implementation)
+    got = prefill_and_gradients(*[x[0] if packed else x for x in arrays], **lengths, **kwargs)
+    expected = prefill_by_hand(q, k, v, sees, dk**-0.5, *arrays[3:])
+    for i, (g, e, dtype) in enumerate(zip(got, expected, (dtypes[0], np.float32, *dtypes), strict=True)):
+        assert g.dtype == dtype
+        # Each result is rounded once; the gradients are made from a rounded out, too.
+        assert_close(g, e[0] if packed else e, 1e-5 + ROUNDING[dtype] + (4 * ROUNDING[dtypes[0]] if i > 1 else 0))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [BF16, np.float16])
+def test_prefill_in_16_bits_is_float32_rounded_once(dtype, implementation):
+    arrays = sequences(0, 2, 280, 2, 48, 32, dtype)
+    d_out, d_lse = cotangents(arrays[0], arrays[2])
+    sees = np.broadcast_to(np.tri(280, dtype=bool), (2, 280, 280))
+    got = prefill_and_gradients(*arrays, d_out, d_lse, softmax_scale=0.2, implementation=implementation)
+    expected = prefill_by_hand(*arrays, sees, 0.2, d_out, d_lse)
+    flash_mla_accepts(got[0], expected[0], 1e-6, 1 / 255, 5e-6)
+    flash_mla_accepts(got[1], expected[1], 1e-6, 1e-5, 1e-9)
+    for g, e, x in zip(got[2:], expected[2:], arrays, strict=True):
+        assert g.dtype == x.dtype
+        flash_mla_accepts(g, e, 4e-3 * np.abs(e).max(), 1 / 128, 7e-6)  # out was rounded before it went into delta
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_prefill_gradient_of_lse_alone(implementation):
+    q, k, v = sequences(5, 1, 130, 2, 24, 16)
+
+    def gradient(call):
+        return jax.jit(jax.grad(lambda *a: jnp.sin(call(*a)[1]).sum(), (0, 1, 2)))(q, k, v)
+
+    got = gradient(lambda *a: jaxkern.mla_prefill(*a, softmax_scale=0.3, implementation=implementation))
+    for g, e in zip(got, gradient(lambda *a: attention(*a, 0.3)), strict=True):
+        assert_close(g, e)
+    assert not got[2].any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_prefill_of_large_logits_neither_overflows_nor_vanishes(implementation):
+    q, k, v = sequences(6, 1, 300, 2, 24, 16)
+    arrays = 40 * q, k, v, *cotangents(q, v)  # logits of some hundreds
+    got = prefill_and_gradients(*arrays, softmax_scale=3.0, causal=False, implementation=implementation)
+    expected = prefill_by_hand(*arrays[:3], np.ones((1, 300, 300), bool), 3.0, *arrays[3:])
+    for g, e in zip(got, expected, strict=True):
+        assert_close(g, e, 1e-3)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
+def test_prefill_clamps_lengths_to_the_tokens(causal, implementation):
+    arrays = sequences(7, 1, 300, 2, 24, 16)
+    kwargs = dict(softmax_scale=0.3, causal=causal, implementation=implementation)
+    whole = jaxkern.mla_prefill(*arrays, **kwargs)
+    for beyond in (301, 2**31 - 1):
+        for got, expected in zip(
+            jaxkern.mla_prefill(*arrays, seq_lens=jnp.array([beyond], jnp.int32), **kwargs), whole, strict=True
+        ):
+            np.testing.assert_array_equal(got, expected)
+        cu_seqlens = jnp.array([-9, beyond], jnp.int32)
+        for got, expected in zip(
+            jaxkern.mla_prefill(*[x[0] for x in arrays], cu_seqlens=cu_seqlens, **kwargs), whole, strict=True
+        ):
+            np.testing.assert_array_equal(got, expected[0])
+    out, lse = jaxkern.mla_prefill(*arrays, seq_lens=jnp.array([-3], jnp.int32), **kwargs)
+    assert not out.any() and jnp.isneginf(lse).all()
+
+
+def many_ranges():
+    """Results and gradients of a call that is cut into several ranges of tokens, whole and packed."""
+    arrays = sequences(8, 1, 1700, 2, 72, 40, BF16)
+    arrays += cotangents(arrays[0], arrays[2])
+    whole = prefill_and_gradients(*arrays, softmax_scale=0.2)
+    cu_seqlens = jnp.array([0, 100, 1300, 1690], jnp.int32)
+    packed = prefill_and_gradients(*[x[0] for x in arrays], softmax_scale=0.2, cu_seqlens=cu_seqlens)
+    return {str(i): np.asarray(x).astype(np.float32) for i, x in enumerate((*whole, *packed))}
+
+
+def test_prefill_has_the_same_bits_every_time():
+    first = many_ranges()
+    for _ in range(3):
+        for name, got in many_ranges().items():
+            np.testing.assert_array_equal(got, first[name])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs a way to pin a process to one core")
+def test_prefill_has_the_same_bits_on_one_core(tmp_path):
+    path = str(tmp_path / "one_core.npz")
+    code = f"import os; os.sched_setaffinity(0, {{0}}); import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); "
+    code += f"import numpy as np, test_mla as t; np.savez({path!r}, **t.many_ranges())"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for name, expected in many_ranges().items():
+        np.testing.assert_array_equal(np.load(path)[name], expected)
+
+
+@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+def test_prefill_at_every_simd_level(level):
+    """Whole results in a process of that level; a machine without it runs the best that it has."""
+    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); import test_mla as t; t.check_prefills()"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "JAXKERN_SIMD": level})
+
+
+def check_prefills():
+    for t, dk, dv, dtypes in [
+        (900, 24, 16, (np.float32,) * 3),
+        (130, 192, 128, (np.float32, np.float16, BF16)),
+        (200, 7, 35, (np.float32, BF16, np.float16)),
+    ]:
+        q, k, v = (x.astype(d) for x, d in zip(sequences(t, 1, t, 2, dk, dv), dtypes, strict=True))
+        arrays = q, k, v, *cotangents(q, v)
+        got = prefill_and_gradients(*arrays, softmax_scale=dk**-0.5, implementation="cpu")
+        expected = prefill_by_hand(q, k, v, np.tri(t, dtype=bool)[None], dk**-0.5, *arrays[3:])
+        for g, e in zip(got, expected, strict=True):
+            assert_close(g, e, 1e-5 if g.dtype == np.float32 else 2.0**-8)
+
+
+@pytest.mark.parametrize("in_axes", [(0, 0, 0, 0), (1, None, None, None), (None, 2, 0, None), (None, None, None, 0)])
+def test_prefill_vmap(in_axes):
+    cases = [[*sequences(seed, 2, 33, 3, 24, 16), jnp.array([33, seed], jnp.int32)] for seed in (8, 9)]
+    arrays = [cases[0][i] if axis is None else jnp.stack([c[i] for c in cases], axis) for i, axis in enumerate(in_axes)]
+
+    def gradients(q, k, v, seq_lens):
+        def loss(q, k, v):
+            return weighted_sum(jaxkern.mla_prefill(q, k, v, softmax_scale=0.3, seq_lens=seq_lens))
+
+        return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+
+    got = jax.jit(jax.vmap(gradients, in_axes))(*arrays)
+    for n in range(2):
+        one = gradients(*[x if axis is None else jnp.take(x, n, axis) for x, axis in zip(arrays, in_axes, strict=True)])
+        for g, e in zip(jax.tree.leaves(got), jax.tree.leaves(one), strict=True):
+            assert_close(g[n], e)
+
+
+def test_prefill_skips_what_is_masked():
+    """32 sequences of 256 tokens are a 32nd of the work of one of 8192."""
+    arrays = [x[0] for x in sequences(0, 1, 8192, 2, 64, 64)]
+    call = jax.jit(lambda *a: jaxkern.mla_prefill(*a[:3], softmax_scale=0.2, causal=False, cu_seqlens=a[3]))
+
+    def seconds(cu_seqlens):
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            jax.block_until_ready(call(*arrays, cu_seqlens))
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
+
+    whole, parts = (seconds(jnp.arange(0, 8193, step, dtype=jnp.int32)) for step in (8192, 256))
+    assert parts < whole / 5
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_prefill_memory_is_linear(implementation):
     """Four times the sequence may take four times the memory, where probabilities would take sixteen."""
 
     def temporaries(t):
         shapes = [jax.ShapeDtypeStruct((1, t, 1, 32), np.float32)] * 3
-        loss = jax.grad(lambda *a: weighted_sum(jaxkern.mla_prefill(*a, softmax_scale=0.2)), (0, 1, 2))
+        call = functools.partial(jaxkern.mla_prefill, softmax_scale=0.2, implementation=implementation)
+        loss = jax.grad(lambda *a: weighted_sum(call(*a)))
         return jax.jit(loss).lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(16384) < 4.5 * temporaries(4096)

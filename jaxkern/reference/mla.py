@@ -148,8 +148,8 @@ def _mask(j, block, first, last):
 def _key_blocks(first, last):
     """The first and the end of the blocks of keys that any query sees."""
     sees = first < last
-    begin = jnp.where(sees, first, jnp.iinfo(jnp.int32).max).min() // BLOCK
-    return begin, (jnp.where(sees, last, 0).max() + BLOCK - 1) // BLOCK
+    begin = jnp.min(first, where=sees, initial=jnp.iinfo(jnp.int32).max) // BLOCK
+    return begin, (jnp.max(last, where=sees, initial=0) + BLOCK - 1) // BLOCK
 
 
 def _blocks(*arrays):
@@ -158,7 +158,7 @@ def _blocks(*arrays):
     def split(x):
         b, h, t, *rest = x.shape
         x = jnp.pad(x, [(0, 0), (0, 0), (0, -t % BLOCK), *[(0, 0)] * len(rest)])
-        return jnp.moveaxis(x.reshape(b, h, -1, BLOCK, *rest), 2, 0)
+        return jnp.moveaxis(x.reshape(b, h, (t + BLOCK - 1) // BLOCK, BLOCK, *rest), 2, 0)
 
     return [split(x) for x in arrays]
 
