@@ -1,5 +1,5 @@
-// The tokens of a head are cut into blocks. A task of the forward pass takes a block of queries through the blocks of
-// keys that it sees, as FlashAttention-2 does:
+// The tokens of a head are cut into blocks. A task of the forward pass takes a few blocks of queries through the blocks
+// of keys that they see, as FlashAttention-2 does:
 //
 //   weights [key][query] = keys x queries^T, masked; then exp2(logit - largest)
 //   acc [query][column] = acc * shrink + weights^T x values
@@ -10,9 +10,9 @@
 //   d_logits = scale * weights * (d_weights - delta), delta = the sum of out * d_out over a row, less d_lse
 //   d_values += weights x d_out        d_keys += d_logits x queries        d_queries += d_logits^T x keys
 //
-// A query is a lane in weights and d_logits, so that softmax needs no sum over the lanes of a register, and each of the
-// products broadcasts one operand and has the columns of the other in its registers. Logits are in units of log2(e), so
-// that exp2 serves.
+// A query is a lane in weights and d_logits, so that softmax needs no sum over the lanes of a register. Each product
+// broadcasts the numbers of one operand and loads rows of the other, so none of them needs weights or d_logits
+// transposed. Logits are in units of log2(e), so that exp2 serves.
 //
 // Two tasks must not add to the same gradient at a time, nor in an order that depends on the threads. So the backward
 // pass goes in phases, as many as there are ranges of blocks: phase i pairs each range of queries with the range of
@@ -105,7 +105,7 @@ Sight sight_of(const Sequences& s, int64_t batch, int64_t begin) {
   return sight;
 }
 
-// The keys [begin, begin + count), at most a block of them, before a block of queries.
+// The keys [begin, begin + count), at most a block of them, as a block of queries sees them.
 struct Tile {
   int64_t begin, count;
   bool all;  // every query sees every key
@@ -194,8 +194,8 @@ void unpack(const float* from, int64_t begin, int64_t count, To how, const Rows&
 
 // ---- products of blocks ----
 
-// c [kRows][c_stride] = or += a b. b has its columns in registers, [depth][kPanel], and a's numbers are broadcast: that
-// of row r and depth i of a piece is a[r * kRowStride + i * kStep]. A piece is `depth` deep.
+// c [kRows][c_stride] = a b, or += with `add`. Rows of b, [pieces * depth][kPanel], are loaded as registers; numbers of
+// a are broadcast: the one of row r at depth i of a piece is a[r * kRowStride + i * kStep].
 template <int64_t kRowStride, int64_t kStep>
 JAXKERN_INLINE void product_block(const float* a, int64_t pieces, int64_t piece_stride, int64_t depth, const float* b,
                                   bool add, float* c, int64_t c_stride) {
@@ -239,6 +239,7 @@ void add_to_queries(const Sight& sight, const Tile& tile, const float* weights, 
                     float* out) {
   for (int64_t query = 0; query < sight.count; query += kRows) {
     Span seen = keys_seen(sight, tile, query, kRows);
+    if (seen.begin >= seen.end) continue;
     for (int64_t slab = 0; slab < slabs(width); ++slab)
       product_block<1, kBlock>(weights + seen.begin * kBlock + query, 1, 0, seen.end - seen.begin,
                                rows + slab * kSlab + seen.begin * kPanel, true, out + slab * kSlab + query * kPanel,
@@ -251,6 +252,7 @@ void add_to_keys(const Sight& sight, const Tile& tile, const float* weights, con
                  float* out) {
   for (int64_t key = 0; key < tile.count; key += kRows) {
     Span seeing = queries_seeing(sight, tile, key, kRows);
+    if (seeing.begin >= seeing.end) continue;
     for (int64_t slab = 0; slab < slabs(width); ++slab)
       product_block<kBlock, 1>(weights + key * kBlock + seeing.begin, 1, 0, seeing.end - seeing.begin,
                                rows + slab * kSlab + seeing.begin * kPanel, true, out + slab * kSlab + key * kPanel,
