@@ -30,7 +30,7 @@ import jaxkern  # noqa: E402
 from benchmarks import common, kernels  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
-RESULT = ROOT / "benchmarks/results/gpu.json"
+RESULTS = ROOT / "benchmarks/results"  # gpu.json, or gpu.<family>.json of a run of one
 TESTS = [f"tests/test_{name}.py" for name in ("gemm", "gemm_hopper", "quantize", "linear", "mla_hopper", "contract")]
 THROUGH_KERNELS = "(cuda or hopper) and not (implementation or falls_back or without)"
 CONFORMANCE = "tests/sim/conformance.cu"
@@ -114,7 +114,8 @@ def main(argv: list[str] | None = None) -> int:
         rows = measure(case, clock, record["machine"])
         print_rows(rows)
         record["rows"] += map(dataclasses.asdict, rows)
-    for path in [options.json] * bool(options.json) + [RESULT] * options.commit:
+    result = RESULTS / (f"gpu.{options.family}.json" if options.family else "gpu.json")
+    for path in [options.json] * bool(options.json) + [result] * options.commit:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
 

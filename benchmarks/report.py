@@ -28,8 +28,12 @@ def table(family: str) -> str:
 
 
 def gpu_table() -> str:
-    """The committed run on a GPU: ours, the form with scales that a user would write, and the best of all others."""
-    record = json.loads((RESULTS / "gpu.json").read_text())
+    """The committed runs on a GPU."""
+    return "\n\n".join(_gpu_run(json.loads(path.read_text())) for path in sorted(RESULTS.glob("gpu*.json")))
+
+
+def _gpu_run(record: dict) -> str:
+    """Ours, the form with scales that a user would write, and the best of all others."""
     machine = record["machine"]
     lines = [
         f"{machine['device']}, driver {machine['driver']}, JAX {machine['jax']}, torch {machine['torch']}, "

@@ -191,8 +191,8 @@ def _hopper_refuses_decode(q, cache, *_, latent_dim, **__):
 def _hopper_workspaces(q, *_, num_splits, **__):
     """The schedule, and partial results in groups of 64 rows: see cuda/mla/mla.h."""
     b, s, h, _ = q.shape
-    groups = b * -(-(s * h) // 64)
-    slots = groups * num_splits if num_splits else groups + 160
+    groups = -(-(s * h) // 64)
+    slots = b * groups * num_splits if num_splits else b * groups + max(groups, 160)
     return [((b + 1,), jnp.int32), ((slots, 64, 512), jnp.float32), ((slots, 64), jnp.float32)]
 
 

@@ -321,27 +321,23 @@ struct MlaMergeKernel {
     const MlaSizes& m = p.sizes;
     for (int64_t i = block_index(); i < int64_t(m.batch) * m.rows; i += grid_size()) {
       int request = static_cast<int>(i / m.rows), row = static_cast<int>(i % m.rows), group = row / mla_rows;
-      int first = 0, count = m.splits;
+      int run = request * m.splits, count = m.splits;
       if (m.splits == 0) {
-        int all = load_global<int32_t>(m.starts, m.batch) * m.row_groups;
-        int share = static_cast<int>(ceil_div(all, p.parts));
-        int start = load_global<int32_t>(m.starts, request),
-            blocks = load_global<int32_t>(m.starts, request + 1) - start;
-        int begin = start * m.row_groups + group * blocks;
-        first = begin / share;
-        count = (begin + blocks - 1) / share - first + 1;
+        int share = Stretches(m, p.parts).share, start = load_global<int32_t>(m.starts, request);
+        int first = start / share;
+        run = request + first;
+        count = (load_global<int32_t>(m.starts, request + 1) - 1) / share - first + 1;
         if (count == 1) continue;
       }
-      int rows = request * m.row_groups + group, slot = m.splits == 0 ? rows + first : rows * m.splits;
-      int64_t from = int64_t(slot) * mla_rows + row % mla_rows;
+      int64_t from = int64_t(slot_of(m, run, group)) * mla_rows + row % mla_rows, step = m.row_groups * mla_rows;
       float most = -__builtin_inff(), total = 0, sums[4] = {0, 0, 0, 0};
       for (int part = 0; part < count; ++part)
-        most = fmaxf(most, load_global<float>(p.partial_lse, from + part * mla_rows));
+        most = fmaxf(most, load_global<float>(p.partial_lse, from + part * step));
       float base = most == -__builtin_inff() ? 0 : most;
       for (int part = 0; part < count; ++part) {
-        float weight = ex2(load_global<float>(p.partial_lse, from + part * mla_rows) - base);
+        float weight = ex2(load_global<float>(p.partial_lse, from + part * step) - base);
         Pack<float, 4> x =
-            load_global<Pack<float, 4>>(p.partial_out, (from + part * mla_rows) * mla_latent + thread_index() * 4);
+            load_global<Pack<float, 4>>(p.partial_out, (from + part * step) * mla_latent + thread_index() * 4);
         total += weight;
 #pragma unroll
         for (int j = 0; j < 4; ++j) sums[j] += weight * x.item[j];

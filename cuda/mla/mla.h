@@ -32,8 +32,9 @@ struct MlaDecode {
 
 // Partial results that there may be.
 constexpr int64_t mla_slots(int64_t batch, int64_t rows, int64_t num_splits) {
-  int64_t pieces = batch * ((rows + mla_rows - 1) / mla_rows);
-  return num_splits > 0 ? pieces * num_splits : pieces + most_mla_parts;
+  int64_t groups = (rows + mla_rows - 1) / mla_rows;
+  if (num_splits > 0) return batch * num_splits * groups;
+  return batch * groups + (groups > most_mla_parts ? groups : most_mla_parts);
 }
 
 Error mla_decode(const MlaDecode& mla, Stream stream);

@@ -1,10 +1,10 @@
-// Which block attends to which keys of which rows. Work is cut into pieces: 64 rows of one request against a run of its
-// blocks of keys. Lengths of requests are read on the device, so the host waits for nothing.
+// Which block attends to which keys of which rows. Work is cut into pieces: 64 rows of one request, a group of them,
+// against a run of its blocks of keys. Lengths of requests are read on the device, so the host waits for nothing.
 //
-// Without num_splits all work lies on one line: request after request, of each its groups of rows, of each its blocks
-// of keys. Every block takes an equal stretch of the line, so that one long request uses the whole machine. With
-// num_splits every group of rows is cut into so many equal runs, whatever else is in the batch: the same bits alone or
-// in any batch.
+// Without num_splits the blocks of keys of all requests lie on one line, and every block of threads takes an equal
+// stretch of it, so that one long request uses the whole machine; with several groups of rows as many blocks of threads
+// take the same stretch, a group each, at about the same time, so that the keys come from memory once. With num_splits
+// every request is cut into so many equal runs, whatever else is in the batch: the same bits alone or in any batch.
 #pragma once
 
 #include "cuda/arch/arch.h"
@@ -37,60 +37,89 @@ struct Piece {
   bool whole;       // all keys of its rows: no partial result
 };
 
-// The pieces of one block, in order.
+// How `blocks` blocks of threads share the line.
+struct Stretches {
+  int together;  // blocks that take the same stretch, each every so many-th group of rows
+  int count, share;
+
+  DEVICE Stretches(const MlaSizes& m, int blocks) {
+    together = m.row_groups < blocks ? m.row_groups : blocks;
+    count = blocks / together;
+    share = static_cast<int>(ceil_div(load_global<int32_t>(m.starts, m.batch), count));
+  }
+};
+
+// The slot of a partial result: those of one group of one request are row_groups apart.
+DEVICE int slot_of(const MlaSizes& m, int run, int group) { return run * m.row_groups + group; }
+
+// The pieces of one block of threads, in order.
 struct MlaWalk {
   const MlaSizes& m;
-  int at, end, request = 0;
+  int at, end, group = 0, request = 0;
+  int begin = 0, index = 0, together = 1;  // of the stretch
 
   DEVICE MlaWalk(const MlaSizes& m) : m(m) {
     if (m.splits > 0) {
       at = block_index();
-      end = m.batch * m.row_groups * m.splits;
+      end = m.batch * m.splits * m.row_groups;
       return;
     }
-    int all = load_global<int32_t>(m.starts, m.batch) * m.row_groups, share = stretch(all);
-    at = block_index() * share;
-    end = at + share < all ? at + share : all;
-    int beyond = m.batch;  // the request at `at` is in [request, beyond)
+    Stretches s(m, grid_size());
+    int all = load_global<int32_t>(m.starts, m.batch);
+    together = s.together;
+    index = block_index() / together;
+    group = index < s.count ? block_index() % together : m.row_groups;
+    begin = index * s.share;
+    end = begin + s.share < all ? begin + s.share : all;
+    restart();
+  }
+
+  // To the stretch's first request.
+  DEVICE void restart() {
+    at = begin;
+    request = 0;
+    int beyond = m.batch;  // it is in [request, beyond)
     while (beyond - request > 1) {
       int middle = (request + beyond) / 2;
-      if (load_global<int32_t>(m.starts, middle) * m.row_groups <= at)
+      if (load_global<int32_t>(m.starts, middle) <= at)
         request = middle;
       else
         beyond = middle;
     }
   }
 
-  // What each of the grid's blocks takes of the line.
-  DEVICE static int stretch(int all) { return static_cast<int>(ceil_div(all, grid_size())); }
-
   DEVICE bool next(Piece& piece) {
-    if (at >= end) return false;
     if (m.splits > 0) {
-      int rows = at / m.splits, split = at % m.splits;
-      piece.request = rows / m.row_groups;
-      piece.group = rows % m.row_groups;
+      if (at >= end) return false;
+      int run = at / m.row_groups, split = run % m.splits;
+      piece.request = run / m.splits;
+      piece.group = at % m.row_groups;
       piece.length = length_of(m, piece.request);
       int blocks = key_blocks_of(piece.length), share = static_cast<int>(ceil_div(blocks, m.splits));
       piece.first = split * share < blocks ? split * share : blocks;
       piece.last = piece.first + share < blocks ? piece.first + share : blocks;
-      piece.slot = at;
+      piece.slot = slot_of(m, run, piece.group);
       piece.whole = m.splits == 1;
       at += grid_size();
       return true;
     }
+    if (at >= end && begin < end) {
+      group += together;
+      if (group < m.row_groups) restart();
+    }
+    if (at >= end || group >= m.row_groups) return false;
     int start = load_global<int32_t>(m.starts, request), blocks = load_global<int32_t>(m.starts, request + 1) - start;
-    int in_request = at - start * m.row_groups;
     piece.request = request;
-    piece.group = in_request / blocks;
+    piece.group = group;
     piece.length = length_of(m, request);
-    piece.first = in_request % blocks;
+    piece.first = at - start;
     piece.last = blocks - piece.first < end - at ? blocks : piece.first + end - at;
-    // A block's next piece has the next rows, the next block's first piece the same or the next: no two have one slot.
-    piece.slot = request * m.row_groups + piece.group + block_index();
+    // A stretch's next piece is of the next request, the next stretch's first of the same or the next: no two share
+    // one.
+    piece.slot = slot_of(m, request + index, group);
     piece.whole = piece.first == 0 && piece.last == blocks;
     at += piece.last - piece.first;
-    if (in_request + piece.last - piece.first == blocks * m.row_groups) ++request;
+    if (piece.last == blocks) ++request;
     return true;
   }
 };
