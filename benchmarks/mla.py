@@ -1,6 +1,9 @@
 """mla_decode against what plain JAX offers: gather the pages, two products, a softmax between them. mla_prefill, alone
 and with its gradients, against the same without pages.
 
+A bar counts against the batched einsums, in float32 or as stored, whichever is faster; the row without a bar has the
+other forms as well. A packed cache is compared with what XLA does with the bfloat16 one.
+
 `python -m benchmarks.mla --memory` prints what mla_prefill with its gradients needs at most beside its arguments, ours
 beside the plain form: XLA's own account of both programs, in which the few MiB a thread that our kernels work in do not
 appear.
@@ -15,6 +18,7 @@ import numpy as np
 
 import jaxkern
 from benchmarks import common
+from jaxkern import reference
 
 WIDTH, LATENT, PAGE = 576, 512, 64
 SCALE = 0.1352
@@ -23,28 +27,34 @@ PREFILL_SCALE = KEY**-0.5
 
 
 def rows(quick: bool):
-    cases = [
-        (4, 16, 4096, jnp.bfloat16),
-        (32, 16, 2048, jnp.bfloat16),
-        (8, 128, 1024, jnp.bfloat16),
-        (1, 128, 4096, jnp.bfloat16),
-        (4, 16, 4096, jnp.float32),
+    cases = [  # b, h, length, dtype, bar
+        (4, 16, 4096, jnp.bfloat16, 8),
+        (32, 16, 2048, jnp.bfloat16, 8),
+        (8, 128, 1024, jnp.bfloat16, 2.5),
+        (1, 128, 4096, jnp.bfloat16, 1.5),
+        (4, 16, 4096, jnp.float32, None),
     ]
-    for b, h, length, dtype in cases[::4] if quick else cases:
+    for b, h, length, dtype, bar in cases[::4] if quick else cases:
         pages = b * length // PAGE
         q = common.normal((b, 1, h, WIDTH), dtype)
         cache = common.normal((pages, PAGE, WIDTH), dtype, seed=1)
         table = np.random.default_rng(2).permutation(pages).astype(np.int32).reshape(b, -1)
-        seq_lens = jnp.full(b, length, jnp.int32)
-        yield common.compare(
-            f"mla_decode {jnp.dtype(dtype).name}",
-            f"b{b} h{h} len{length}",
-            functools.partial(jaxkern.mla_decode, softmax_scale=SCALE),
-            XLA_FORMS,
-            (q, cache, jnp.asarray(table), seq_lens),
-            flops=2 * b * h * length * (WIDTH + LATENT),
-            bytes=common.nbytes(q, cache) + b * h * LATENT * q.dtype.itemsize,
-        )
+        rest = (jnp.asarray(table), jnp.full(b, length, jnp.int32))
+        caches = {jnp.dtype(dtype).name: cache}
+        if dtype == jnp.bfloat16:
+            caches["fp8"] = jax.jit(reference.pack_rows, static_argnums=1)(cache, LATENT)
+        for name, stored in caches.items():
+            yield common.compare(
+                f"mla_decode {name}",
+                f"b{b} h{h} len{length}",
+                functools.partial(jaxkern.mla_decode, softmax_scale=SCALE),
+                BATCHED if bar else XLA_FORMS,
+                (q, stored, *rest),
+                xla_args=(q, cache, *rest),
+                flops=2 * b * h * length * (WIDTH + LATENT),
+                bytes=common.nbytes(q, stored) + b * h * LATENT * q.dtype.itemsize,
+                bar=bar,
+            )
     yield from prefill_rows(quick)
 
 
@@ -85,9 +95,12 @@ def softmax(logits, lengths):
     return jnp.exp(logits - lse[..., None]), lse
 
 
-XLA_FORMS = {
+BATCHED = {
     "batched einsum, float32": batched,
     "batched einsum, as stored": functools.partial(batched, dtype=None),
+}
+XLA_FORMS = {
+    **BATCHED,
     "one by one, float32": one_by_one,
     "one by one, as stored": functools.partial(one_by_one, dtype=None),
     "unrolled, float32": unrolled,

@@ -24,6 +24,7 @@ namespace nb = nanobind;
   HANDLER(mla_decode, 1)            \
   HANDLER(mla_prefill, 1)           \
   HANDLER(mla_prefill_backward, 1)  \
+  HANDLER(merge_attention, 1)       \
   HANDLER(kv_cache_append, 1)
 
 #define JAXKERN_DECLARE(name, version) extern "C" XLA_FFI_Error* name##_v##version(XLA_FFI_CallFrame*);

@@ -22,7 +22,8 @@
 // A dot product sums, in each lane of some registers, every so many-th product of 128 of k, adds these registers up,
 // scales them, adds that to those of the blocks before, and at last adds the lanes up in pairs. The outer form sums
 // each element of the result over 256 of k in order, from what the blocks before came to. The order depends on k and on
-// the number of rows alone, so results do not depend on the number of threads.
+// the number of rows alone, so results do not depend on the number of threads; the second form's on k alone, so where
+// they must not depend on the number of rows either (is_batch_invariant), every segment has it.
 
 namespace jaxkern::cpu::JAXKERN_LEVEL {
 namespace {
@@ -63,9 +64,10 @@ bool is_paired([[maybe_unused]] const Segment& s) {
 
 Form form_of(const Segment& s) {
 #ifdef JAXKERN_LEVEL_avx512
-  if (is_paired(s) && s.m >= (simd_level() == Level::amx ? kAmxMinRows : kPairsMinRows)) return Form::pairs;
+  int64_t least = is_batch_invariant() ? 1 : simd_level() == Level::amx ? kAmxMinRows : kPairsMinRows;
+  if (is_paired(s) && s.m >= least) return Form::pairs;
 #endif
-  return s.m <= kDotRows && !s.b.transposed ? Form::dot : Form::outer;
+  return s.m <= kDotRows && !s.b.transposed && !is_batch_invariant() ? Form::dot : Form::outer;
 }
 
 // Panels are full but for the last, which has one register if that is enough.

@@ -10,6 +10,7 @@
 #include "cpu/amx.h"
 #include "cpu/gemm.h"
 #include "cpu/gemm_pack.h"
+#include "cpu/pairs.h"
 #include "cpu/simd.h"
 
 namespace jaxkern::cpu::JAXKERN_LEVEL {
@@ -24,40 +25,9 @@ constexpr int64_t kPairsBlockRows = 64;                 // of b packed at a time
 constexpr int64_t kPairsBlockK = 1024;                  // of k at a time, a multiple of kScaleBlock
 constexpr int64_t kPairsRowStride = kPairsBlockK + 32;
 
-// 32 elements as bfloat16.
-JAXKERN_INLINE __m512i load_bf16(const bf16* p) { return _mm512_loadu_si512(p); }
-
-// Normal codes need another exponent bias only; those with the smallest and the largest exponent (denormals, NaN) come
-// from a table.
-JAXKERN_INLINE __m512i load_bf16(const e4m3* p) {
-  const __m512i table = _mm512_set_epi64(0x7fc043e043d043c0, 0x43b043a043904380, 0, 0, 0, 0,  //
-                                         0x3c603c403c203c00, 0x3bc03b803b000000);
-  __m512i code = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  __m512i magnitude = _mm512_and_si512(_mm512_slli_epi16(code, 4), _mm512_set1_epi16(0x7f0));
-  __m512i value = _mm512_add_epi16(magnitude, _mm512_set1_epi16(120 << 7));
-  __mmask32 special = _mm512_testn_epi16_mask(_mm512_add_epi16(code, _mm512_set1_epi16(8)), _mm512_set1_epi16(0x70));
-  value = _mm512_mask_permutexvar_epi16(value, special, code, table);
-  return _mm512_ternarylogic_epi32(value, code, _mm512_set1_epi16(int16_t(0x8000)), 0xf8);  // value | (code & sign)
-}
-
-// The first n, n < 32; the others are zero.
-template <typename T>
-JAXKERN_INLINE __m512i load_bf16_lanes(const T* p, int64_t n) {
-  if (n >= kTileK) return load_bf16(p);
-  T buffer[kTileK] = {};
-  if (n > 0) std::memcpy(buffer, p, n * sizeof(T));
-  return load_bf16(buffer);
-}
-
 JAXKERN_INLINE bool is_paired(const Operand& o) { return !o.transposed && o.type != DType::f32; }
 
 // ---- few rows: dot products ----
-
-// sums [16] += x [16][2] y [16][2]: vdpbf16ps, which this level's compiler flags do not name. Sums are float32;
-// denormals count as zero.
-JAXKERN_INLINE void add_products(f32v& sums, __m512i x, __m512i y) {
-  asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(x), "vm"(y));
-}
 
 // 64 elements. Of e4m3, x[0] gets the first half of each 16 and x[1] the other: what is cheapest. The two bytes of a
 // bfloat16 come from tables of the 128 magnitudes (vpermi2b).
@@ -115,7 +85,8 @@ void dot_pairs(const bf16* a, int64_t m, const float* a_scales, const Operand& b
       for (int v = 0; v < 2; ++v)
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r)
-          add_products(part[r][(chain + v) % kChains], y[v], load_bf16(a + r * kScaleBlock + i + v * 32));
+          part[r][(chain + v) % kChains] = add_product(part[r][(chain + v) % kChains], (u32v)y[v],
+                                                       (u32v)load_bf16(a + r * kScaleBlock + i + v * 32));
     };
     if (k1 - k >= kScaleBlock) {
       prefetch_block(x);
@@ -302,7 +273,8 @@ void pairs_block(const bf16* b, const bf16* a, int64_t panel_stride, int64_t kc,
         for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
           for (int panel = 0; panel < kPanels; ++panel)
-            add_products(sums[r][panel], x[panel], _mm512_set1_epi32(load_raw<int32_t>(p + r * kPairsRowStride + i)));
+            sums[r][panel] = add_product(sums[r][panel], (u32v)x[panel],
+                                         (u32v)_mm512_set1_epi32(load_raw<int32_t>(p + r * kPairsRowStride + i)));
       }
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {

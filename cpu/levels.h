@@ -12,6 +12,9 @@ enum class Level { portable, avx2, avx512, bf16, amx };
 Level simd_level();
 const char* simd_level_name();
 
+// Whether a row of a matrix product must have the same bits however many rows there are: JAXKERN_BATCH_INVARIANT=1.
+bool is_batch_invariant();
+
 }  // namespace jaxkern::cpu
 
 #ifdef JAXKERN_X86

@@ -8,23 +8,27 @@
 //
 // In the first product a register holds one number of kLanes rows, in the second kLanes numbers of one row. So neither
 // needs a sum over the lanes of a register, and softmax has a row in each lane. Logits are in units of log2(e), so that
-// exp2 serves.
+// exp2 serves. A tile holds the next keys that exist, so a page outside the cache costs nothing.
 #include "cpu/mla.h"
 
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/simd.h"
 #ifdef JAXKERN_LEVEL_avx512
 #include "cpu/amx.h"
+#include "cpu/pairs.h"
 #endif
 
 namespace jaxkern::cpu::JAXKERN_LEVEL {
 namespace {
 
 constexpr int64_t kTile = 96;      // tokens; a multiple of the tokens of every register block
+constexpr int64_t kMaxTile = 128;  // of any path
 constexpr int64_t kMaxRows = 128;  // a multiple of the rows of a panel
 constexpr int64_t kSplitTokens = 512;
-constexpr int64_t kMaxSplits = 32;  // bounds the memory for partial results of a long request
+constexpr int64_t kMaxSplits = 32;           // bounds the memory for partial results of a long request
+constexpr int64_t kPartialBytes = 64 << 20;  // for those of the requests that are computed at a time
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 constexpr float kInfinity = __builtin_inff();
 
@@ -40,13 +44,19 @@ int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
 int64_t at_least(int64_t x, int64_t limit) { return x > limit ? x : limit; }
 
+enum class Path { floats, pairs, amx };
+
 // What is the same for every task.
 struct Plan {
+  Path path;
   int64_t rows, blocks, block_rows;  // of a request; a block is the rows of one task
   int64_t key_stride, acc_stride;    // in floats
-  int64_t max_splits;                // of any request
-  bool amx;
-  float *acc, *largest, *total;  // partial results [batch][split][row], where max_splits > 1
+};
+
+// The requests [begin, end), and their partial results [request][split][row] where any has several splits.
+struct Wave {
+  int64_t begin, end, max_splits, rows;  // of a split, filled up to whole registers
+  float *acc, *largest, *total;
 };
 
 struct Splits {
@@ -63,7 +73,9 @@ Splits splits_of(const MlaDecodeParams& p, int64_t request) {
 
 template <typename F>
 void with_type(DType type, F f) {
-  type == DType::f32 ? f(float{}) : f(bf16{});
+  if (type == DType::f32) f(float{});
+  if (type == DType::bf16) f(bf16{});
+  if (type == DType::f16) f(f16{});
 }
 
 // queries [row][width] -> panels of rows [panel][width][kPanel]; rows that do not exist are zero.
@@ -107,28 +119,67 @@ JAXKERN_INLINE void copy(const T* from, float* to, int64_t n) {
   for (; i < n; ++i) to[i] = to_f32(from[i]);
 }
 
-// The rows of the tokens [begin, begin + count), each filled up with zeros to `stride`; zeros for those that are no
-// rows of the cache, and up to `padded` tokens. Returns whether each of `count` is one, and for each in `exists`.
+JAXKERN_INLINE void zero(void* to, int64_t bytes) { std::memset(to, 0, bytes); }
+
+// A row of the cache as numbers.
 template <typename T, typename To>
-bool load_tile(const MlaDecodeParams& p, int64_t request, int64_t begin, int64_t count, int64_t padded, int64_t stride,
-               To* tile, bool* exists) {
-  const int32_t* table = p.block_table + request * p.table_pages;
-  bool all_exist = true;
-  for (int64_t i = 0; i < padded; ++i) {
-    int64_t token = begin + i, page = i < count ? table[token / p.page] : -1;
-    exists[i] = page >= 0 && page < p.pages;
-    all_exist = all_exist && (exists[i] || i >= count);
-    int64_t width = exists[i] ? p.width : 0;
-    To* to = tile + i * stride;
-    if (exists[i]) copy(static_cast<const T*>(p.cache) + (page * p.page + token % p.page) * width, to, width);
-    std::memset(to + width, 0, (stride - width) * sizeof(To));
-  }
-  return all_exist;
+JAXKERN_INLINE void load_row(const MlaDecodeParams& p, const T* row, To* to) {
+  copy(row, to, p.width);
 }
 
-// logits [kTokens][stride] of kRegisters * kLanes rows.
+JAXKERN_INLINE void load_row(const MlaDecodeParams& p, const e4m3* row, float* to) {
+  const e4m3* scales = row + p.latent;
+  for (int64_t i = 0; i < p.latent; i += kLatentBlock, scales += sizeof(float)) {
+    float scale = load_raw<float>(scales);
+    for (int64_t k = i; k < at_most(i + kLatentBlock, p.latent); k += kLanes) {
+      prefetch(row + k);
+      store_lanes(to + k, load_lanes(row + k, p.latent - k) * scale, p.latent - k);
+    }
+  }
+  copy(reinterpret_cast<const bf16*>(scales), to + p.latent, p.width - p.latent);
+}
+
+struct Keys {
+  int64_t count;
+  const char* rows[kMaxTile];
+  int32_t tokens[kMaxTile];
+};
+
+// The next keys of a request, at most `most`, among the tokens [token, last). Returns the token to go on with.
+int64_t find_keys(const MlaDecodeParams& p, int64_t request, int64_t token, int64_t last, int64_t most, Keys& keys) {
+  const int32_t* table = p.block_table + request * p.table_pages;
+  int64_t bytes = row_bytes(p.cache_type, p.width, p.latent);
+  keys.count = 0;
+  while (token < last && keys.count < most) {
+    int64_t page = table[token / p.page], row = token % p.page;
+    int64_t end = token + at_most(p.page - row, last - token);
+    if (page >= 0 && page < p.pages) {
+      const char* from = static_cast<const char*>(p.cache) + (page * p.page + row) * bytes;
+      end = at_most(end, token + most - keys.count);
+      for (; token < end; ++token, from += bytes, ++keys.count) {
+        keys.rows[keys.count] = from;
+        keys.tokens[keys.count] = int32_t(token);
+      }
+    }
+    token = end;
+  }
+  return token;
+}
+
+// The keys, each filled up with zeros to `stride`, and zeros up to `padded` tokens.
+template <typename T, typename To>
+void load_tile(const MlaDecodeParams& p, const Keys& keys, int64_t padded, int64_t stride, To* tile) {
+  for (int64_t i = 0; i < padded; ++i) {
+    int64_t width = i < keys.count ? p.width : 0;
+    To* to = tile + i * stride;
+    if (i < keys.count) load_row(p, reinterpret_cast<const T*>(keys.rows[i]), to);
+    zero(to + width, (stride - width) * sizeof(To));
+  }
+}
+
+// logits [kTokens][stride] of kRegisters * kLanes rows: scale * products.
 template <int kTokens, int kRegisters>
-void logits_block(const float* tile, int64_t key_stride, const float* panel, int64_t width, float* logits,
+void logits_block(const float* tile, int64_t key_stride, const float* panel, int64_t width, float scale, float* logits,
                   int64_t stride) {
   f32v acc[kTokens][kRegisters] = {};
   for (int64_t k = 0; k < width; ++k) {
@@ -145,19 +196,19 @@ void logits_block(const float* tile, int64_t key_stride, const float* panel, int
 #pragma GCC unroll 24
   for (int i = 0; i < kTokens; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < kRegisters; ++j) store(logits + i * stride + j * kLanes, acc[i][j]);
+    for (int j = 0; j < kRegisters; ++j) store(logits + i * stride + j * kLanes, acc[i][j] * scale);
 }
 
 void logits_of(const float* tile, int64_t tokens, int64_t key_stride, const float* panels, int64_t rows, int64_t width,
-               float* logits) {
+               float scale, float* logits) {
   int64_t row = 0;
   for (; row + kPanel <= rows; row += kPanel)
     for (int64_t i = 0; i < tokens; i += kPanelTokens)
-      logits_block<kPanelTokens, 2>(tile + i * key_stride, key_stride, panels + row * width, width,
+      logits_block<kPanelTokens, 2>(tile + i * key_stride, key_stride, panels + row * width, width, scale,
                                     logits + i * rows + row, rows);
   if (row < rows)
     for (int64_t i = 0; i < tokens; i += kHalfPanelTokens)
-      logits_block<kHalfPanelTokens, 1>(tile + i * key_stride, key_stride, panels + row * width, width,
+      logits_block<kHalfPanelTokens, 1>(tile + i * key_stride, key_stride, panels + row * width, width, scale,
                                         logits + i * rows + row, rows);
 }
 
@@ -167,14 +218,13 @@ struct Softmax {
   alignas(64) int32_t limits[kMaxRows];  // the row's keys are the tokens below
 };
 
-// Products become logits: times scale, and -inf where the token is no key of the row.
-void mask(const Softmax& state, int64_t rows, int64_t begin, int64_t count, const bool* exists, float scale,
-          float* logits) {
-  for (int64_t i = 0; i < count; ++i) {
-    int32_t token = exists[i] ? int32_t(begin + i) : INT32_MAX;
+// Logits of tokens that are no key of the row become -inf.
+void mask(const Softmax& state, int64_t rows, const Keys& keys, float* logits) {
+  for (int64_t i = 0; i < keys.count; ++i) {
+    if (keys.tokens[i] < state.limits[0]) continue;  // a key of all rows
     for (int64_t row = 0; row < rows; row += kLanes) {
       float* at = logits + i * rows + row;
-      store(at, select(load_raw<i32v>(state.limits + row) > token, load(at) * scale, splat(-kInfinity)));
+      store(at, select(load_raw<i32v>(state.limits + row) > keys.tokens[i], load(at), splat(-kInfinity)));
     }
   }
 }
@@ -273,8 +323,9 @@ int64_t start(const MlaDecodeParams& p, const Plan& plan, const Task& task, Soft
 
 // A key of some rows only must not reach the others through 0 * NaN; those that see it, it reaches through its logit.
 template <typename T>
-void hide_partial_keys(const Softmax& state, int64_t token, int64_t count, T* tile, int64_t stride, int64_t columns) {
-  for (int64_t i = at_least(state.limits[0] - token, 0); i < count; ++i) keep_finite(tile + i * stride, columns);
+void hide_partial_keys(const Softmax& state, const Keys& keys, T* tile, int64_t stride, int64_t columns) {
+  for (int64_t i = 0; i < keys.count; ++i)
+    if (keys.tokens[i] >= state.limits[0]) keep_finite(tile + i * stride, columns);
 }
 
 template <typename Q, typename Cache>
@@ -284,21 +335,290 @@ void attend(const MlaDecodeParams& p, const Plan& plan, const Task& task, Softma
   float* panels = static_cast<float*>(scratch(rows * (p.width + kTile) * sizeof(float), 0));
   float* weights = panels + rows * p.width;
   float* tile = static_cast<float*>(scratch(kTile * stride * sizeof(float), 1));
-  bool exists[kTile];
+  Keys keys;
   const Q* q = static_cast<const Q*>(p.q) + (task.request * plan.rows + task.begin) * p.width;
   pack_queries(q, task.rows, p.width, panels);
-  for (int64_t token = task.first; token < last; token += kTile) {
-    int64_t count = at_most(last - token, kTile), padded = round_up(count, kHalfPanelTokens);
-    load_tile<Cache>(p, task.request, token, count, padded, stride, tile, exists);
-    logits_of(tile, padded, stride, panels, rows, p.width, weights);
-    mask(state, rows, token, count, exists, p.softmax_scale * kLog2E, weights);
-    update(state, rows, count, weights);
-    hide_partial_keys(state, token, count, tile, stride, plan.acc_stride);
-    add_values(weights, rows, task.rows, tile, stride, count, state.shrink, plan.acc_stride, acc, plan.acc_stride);
+  for (int64_t token = task.first; token < last;) {
+    token = find_keys(p, task.request, token, last, kTile, keys);
+    int64_t padded = round_up(keys.count, kHalfPanelTokens);
+    load_tile<Cache>(p, keys, padded, stride, tile);
+    logits_of(tile, padded, stride, panels, rows, p.width, p.softmax_scale * kLog2E, weights);
+    mask(state, rows, keys, weights);
+    update(state, rows, keys.count, weights);
+    hide_partial_keys(state, keys, tile, stride, plan.acc_stride);
+    add_values(weights, rows, task.rows, tile, stride, keys.count, state.shrink, plan.acc_stride, acc, plan.acc_stride);
   }
 }
 
 #ifdef JAXKERN_LEVEL_avx512
+
+// ---- the same with products of pairs of bfloat16, for bfloat16 queries and bfloat16 or packed caches ----
+//
+// An e4m3 is exact as a bfloat16. Its scale multiplies the sum over its block of the logit, and the weight of its
+// value; a weight is rounded to bfloat16 after that. A pair of the first product is two columns, one of the second two
+// tokens.
+
+constexpr int64_t kPairTile = 96;   // tokens, a multiple of kPairGroup
+constexpr int64_t kPairGroup = 24;  // tokens whose keys are taken through the first-level cache at a time
+constexpr int64_t kPairKeyStride = kLatentBlock + 32;  // an odd number of cache lines
+constexpr int64_t kPairBlockSize = kPairGroup * kPairKeyStride;
+constexpr int64_t kPairRows = 8;  // whose weights lie together
+
+// The blocks that a row is cut into, each with one scale: those of the latent, and what follows it as another.
+struct Blocks {
+  int64_t latent, width, of_latent, count;
+
+  int64_t begin(int64_t i) const { return i < of_latent ? i * kLatentBlock : latent; }
+  int64_t end(int64_t i) const { return i < of_latent ? at_most((i + 1) * kLatentBlock, latent) : width; }
+};
+
+Blocks blocks_of(const MlaDecodeParams& p) {
+  int64_t latent = p.cache_type == DType::e4m3 ? p.latent : p.width;  // else all columns are alike
+  int64_t of_latent = (latent + kLatentBlock - 1) / kLatentBlock;
+  return {latent, p.width, of_latent, of_latent + (latent < p.width)};
+}
+
+// queries [row][width] -> panels of rows [panel][pairs][kPanel], filled up with zeros.
+void pack_queries_pairs(const bf16* q, int64_t rows, int64_t width, int64_t pairs, uint32_t* panels) {
+  int64_t padded = round_up(rows, kLanes);
+  for (int64_t row = 0; row < padded; row += kLanes) {
+    int64_t panel = row / kPanel * kPanel, panel_rows = at_most(padded - panel, kPanel);
+    uint32_t* to = panels + panel * pairs + (row - panel);
+    for (int64_t k = 0; k < pairs; k += kLanes) {
+      f32v x[kLanes];  // not float32, but pairs
+      for (int i = 0; i < kLanes; ++i)
+        x[i] = row + i < rows ? (f32v)load_bf16_lanes(q + (row + i) * width + 2 * k, width - 2 * k) : f32v{};
+      transpose(x);
+      for (int i = 0; i < kLanes; ++i) store_raw(to + (k + i) * panel_rows, x[i]);
+    }
+  }
+}
+
+// Columns of a row as bfloat16, filled up with zeros to whole registers.
+template <typename T>
+JAXKERN_INLINE void load_columns(const T* from, int64_t columns, bf16* to) {
+  for (int64_t k = 0; k < columns; k += 2 * kLanes) {
+    store_raw(to + k, load_bf16_lanes(from + k, columns - k));
+  }
+}
+
+// A row of the cache as bfloat16, its blocks kPairBlockSize apart, and their scales, kPairTile apart.
+JAXKERN_INLINE void load_row_pairs(const Blocks& blocks, const bf16* row, bf16* to, float* scales) {
+  for (int64_t i = 0; i < blocks.count; ++i) {
+    load_columns(row + blocks.begin(i), blocks.end(i) - blocks.begin(i), to + i * kPairBlockSize);
+    scales[i * kPairTile] = 1.0f;
+  }
+}
+
+JAXKERN_INLINE void load_row_pairs(const Blocks& blocks, const e4m3* row, bf16* to, float* scales) {
+  const e4m3* of_block = row + blocks.latent;
+  for (int64_t i = 0; i < blocks.of_latent; ++i, of_block += sizeof(float)) {
+    load_columns(row + blocks.begin(i), blocks.end(i) - blocks.begin(i), to + i * kPairBlockSize);
+    scales[i * kPairTile] = load_raw<float>(of_block);
+  }
+  if (blocks.of_latent == blocks.count) return;
+  const bf16* rope = reinterpret_cast<const bf16*>(of_block);
+  load_columns(rope, blocks.width - blocks.latent, to + blocks.of_latent * kPairBlockSize);
+  scales[blocks.of_latent * kPairTile] = 1.0f;
+}
+
+// The rows of the next group, which are fetched a cache line at a time while this group is computed: its rows are read
+// in one go, faster than memory could follow.
+struct Ahead {
+  const char *const *row, *const *end;
+  int64_t bytes, offset;
+
+  JAXKERN_INLINE void step() {
+    if (row == end) return;
+    __builtin_prefetch(*row + offset, 0, 2);
+    offset += 64;
+    if (offset >= bytes) {
+      offset = 0;
+      ++row;
+    }
+  }
+};
+
+// logits [kTokens][stride] of kRegisters * kLanes rows: += both scales * the products of one block, or = for the first.
+template <int kTokens, int kRegisters>
+void logits_block_pairs(const bf16* keys, const uint32_t* panel, int64_t pairs, const float* scales, float scale,
+                        bool first, float* logits, int64_t stride, Ahead& ahead) {
+  f32v acc[kTokens][kRegisters] = {};
+  for (int64_t k = 0; k < pairs; ++k) {
+    for (int i = 0; i < 2 / kRegisters; ++i) ahead.step();
+    u32v q[kRegisters];
+#pragma GCC unroll 2
+    for (int j = 0; j < kRegisters; ++j) q[j] = load_raw<u32v>(panel + (k * kRegisters + j) * kLanes);
+#pragma GCC unroll 24
+    for (int i = 0; i < kTokens; ++i) {
+      u32v key = splat(load_raw<uint32_t>(keys + i * kPairKeyStride + 2 * k));
+#pragma GCC unroll 2
+      for (int j = 0; j < kRegisters; ++j) acc[i][j] = add_product(acc[i][j], key, q[j]);
+    }
+  }
+#pragma GCC unroll 24
+  for (int i = 0; i < kTokens; ++i) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kRegisters; ++j) {
+      float* to = logits + i * stride + j * kLanes;
+      store(to, acc[i][j] * (scales[i] * scale) + (first ? f32v{} : load(to)));
+    }
+  }
+}
+
+// The logits of kPairGroup tokens.
+void logits_of_pairs(const bf16* keys, const Blocks& blocks, const float* scales, const uint32_t* panels, int64_t pairs,
+                     int64_t rows, float scale, float* logits, Ahead& ahead) {
+  for (int64_t block = 0; block < blocks.count; ++block, keys += kPairBlockSize, scales += kPairTile) {
+    int64_t k = blocks.begin(block) / 2, some = (blocks.end(block) + 1) / 2 - k, row = 0;
+    for (; row + kPanel <= rows; row += kPanel)
+      for (int64_t i = 0; i < kPairGroup; i += kPanelTokens)
+        logits_block_pairs<kPanelTokens, 2>(keys + i * kPairKeyStride, panels + row * pairs + k * kPanel, some,
+                                            scales + i, scale, block == 0, logits + i * rows + row, rows, ahead);
+    if (row < rows)
+      logits_block_pairs<kPairGroup, 1>(keys, panels + row * pairs + k * kLanes, some, scales, scale, block == 0,
+                                        logits + row, rows, ahead);
+  }
+}
+
+// keys [block][kPairGroup][kPairKeyStride] -> values [kPairGroup / 2][columns] pairs.
+void pack_values_pairs(const bf16* keys, int64_t columns, uint32_t* values, int64_t value_stride) {
+  for (int64_t i = 0; i < kPairGroup; i += 2, values += value_stride) {
+    for (int64_t k = 0; k < columns; k += 2 * kLanes) {
+      const bf16* from = keys + k / kLatentBlock * kPairBlockSize + i * kPairKeyStride + k % kLatentBlock;
+      u32v pairs[2];
+      interleave(load_bf16(from), load_bf16(from + kPairKeyStride), pairs);
+      store_raw(values + k, pairs[0]);
+      store_raw(values + k + kLanes, pairs[1]);
+    }
+  }
+}
+
+// weights [count][rows] times the tokens' scales -> [rows / kPairRows][pair of tokens][kPairRows] pairs.
+void pack_weights_pairs(const float* weights, int64_t rows, int64_t count, const float* scales, uint32_t* packed) {
+  int64_t panel = (count + 1) / 2 * kPairRows;
+  for (int64_t i = 0; i < count; i += 2, packed += kPairRows) {
+    for (int64_t row = 0; row < rows; row += kLanes) {
+      f32v first = load(weights + i * rows + row) * scales[i], second = {};
+      if (i + 1 < count) second = load(weights + (i + 1) * rows + row) * scales[i + 1];
+      u32v pairs = to_pairs(first, second);
+      uint32_t* to = packed + row / kPairRows * panel;
+      store_raw(to, _mm512_castsi512_si256((__m512i)pairs));
+      store_raw(to + panel, _mm512_extracti64x4_epi64((__m512i)pairs, 1));
+    }
+  }
+}
+
+// acc [kRows][2 * kLanes] = acc * shrink + weights x values.
+template <int kRows>
+void values_block_pairs(const uint32_t* weights, const uint32_t* values, int64_t value_stride, int64_t pairs,
+                        const float* shrink, float* acc, int64_t acc_stride) {
+  f32v sums[kRows][2];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) sums[r][j] = load(acc + r * acc_stride + j * kLanes) * shrink[r];
+  for (int64_t i = 0; i < pairs; ++i) {
+    u32v value[2];
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) value[j] = load_raw<u32v>(values + i * value_stride + j * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      u32v weight = splat(weights[i * kPairRows + r]);
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) sums[r][j] = add_product(sums[r][j], weight, value[j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) store(acc + r * acc_stride + j * kLanes, sums[r][j]);
+}
+
+// acc [rows][columns] = acc * shrink + weights x values.
+void add_values_pairs(const uint32_t* weights, int64_t rows, const uint32_t* values, int64_t value_stride,
+                      int64_t pairs, const float* shrink, int64_t columns, float* acc, int64_t acc_stride) {
+  for (int64_t column = 0; column < columns; column += 2 * kLanes) {
+    for (int64_t row = 0; row < rows; row += kPairRows) {
+      int64_t some = rows - row;
+      for (int64_t i = kPairRows; i < at_most(2 * kPairRows, some); ++i)  // the next ones
+        for (int64_t j = 0; j < 2; ++j) __builtin_prefetch(acc + (row + i) * acc_stride + column + j * kLanes, 1);
+      auto add = some > 4 ? values_block_pairs<8> : some > 1 ? values_block_pairs<4> : values_block_pairs<1>;
+      add(weights + row * pairs, values + column, value_stride, pairs, shrink + row, acc + row * acc_stride + column,
+          acc_stride);
+    }
+  }
+}
+
+// The keys [begin, begin + kPairGroup) of `keys` and their scales; zeros where there are no more.
+template <typename Cache>
+void load_group(const Blocks& blocks, const Keys& keys, int64_t begin, bf16* group, float* scales) {
+  for (int64_t i = 0; i < kPairGroup; ++i) {
+    bf16* to = group + i * kPairKeyStride;
+    if (begin + i < keys.count) {
+      load_row_pairs(blocks, reinterpret_cast<const Cache*>(keys.rows[begin + i]), to, scales + i);
+    } else {
+      for (int64_t block = 0; block < blocks.count; ++block)
+        std::memset(to + block * kPairBlockSize, 0, kLatentBlock * sizeof(bf16));
+    }
+  }
+}
+
+// As hide_partial_keys.
+void hide_partial_group(const Softmax& state, const Blocks& blocks, const Keys& keys, int64_t begin, bf16* group,
+                        float* scales) {
+  for (int64_t i = 0; i < at_most(kPairGroup, keys.count - begin); ++i) {
+    if (keys.tokens[begin + i] < state.limits[0]) continue;
+    for (int64_t block = 0; block < blocks.count; ++block) {
+      keep_finite(group + block * kPairBlockSize + i * kPairKeyStride, kLatentBlock);
+      float& scale = scales[block * kPairTile + i];
+      if (!__builtin_isfinite(scale)) scale = 0.0f;
+    }
+  }
+}
+
+template <typename Cache>
+void attend_pairs(const MlaDecodeParams& p, const Plan& plan, const Task& task, Softmax& state, float* acc) {
+  int64_t last = start(p, plan, task, state, acc), rows = round_up(task.rows, kLanes), columns = plan.acc_stride;
+  if (task.first >= last) return;
+  Blocks blocks = blocks_of(p);
+  int64_t pairs = round_up(p.width, 2 * kLanes) / 2;
+  int64_t value_stride = columns + kLanes;                                    // an odd number of cache lines
+  int64_t value_step = std::is_same_v<Cache, e4m3> ? kLatentBlock : columns;  // columns that share a scale
+  uint32_t* queries = static_cast<uint32_t*>(scratch(rows * (pairs + kPairTile * 3 / 2) * sizeof(uint32_t), 0));
+  float* weights = reinterpret_cast<float*>(queries + rows * pairs);
+  uint32_t* packed_weights = queries + rows * (pairs + kPairTile);
+  int64_t bytes = kPairTile * (value_stride * sizeof(uint32_t) / 2 + blocks.count * sizeof(float));
+  uint32_t* values = static_cast<uint32_t*>(scratch(bytes + blocks.count * kPairBlockSize * sizeof(bf16), 1));
+  float* scales = reinterpret_cast<float*>(values + kPairTile / 2 * value_stride);
+  bf16* group = reinterpret_cast<bf16*>(scales + blocks.count * kPairTile);
+  Keys keys, next;
+  const bf16* q = static_cast<const bf16*>(p.q) + (task.request * plan.rows + task.begin) * p.width;
+  pack_queries_pairs(q, task.rows, p.width, pairs, queries);
+  int64_t token = find_keys(p, task.request, task.first, last, kPairTile, next);
+  while (next.count > 0) {
+    keys = next;
+    token = find_keys(p, task.request, token, last, kPairTile, next);
+    for (int64_t i = 0; i < keys.count; i += kPairGroup) {
+      bool in_tile = i + kPairGroup < keys.count;
+      const char* const* from = in_tile ? keys.rows + i + kPairGroup : next.rows;
+      Ahead ahead = {from, from + at_most(in_tile ? keys.count - i - kPairGroup : next.count, kPairGroup),
+                     row_bytes(p.cache_type, p.width, p.latent), 0};
+      load_group<Cache>(blocks, keys, i, group, scales + i);
+      logits_of_pairs(group, blocks, scales + i, queries, pairs, rows, p.softmax_scale * kLog2E, weights + i * rows,
+                      ahead);
+      hide_partial_group(state, blocks, keys, i, group, scales + i);
+      pack_values_pairs(group, columns, values + i / 2 * value_stride, value_stride);
+    }
+    mask(state, rows, keys, weights);
+    update(state, rows, keys.count, weights);
+    for (int64_t column = 0; column < columns; column += value_step) {
+      pack_weights_pairs(weights, rows, keys.count, scales + column / kLatentBlock * kPairTile, packed_weights);
+      add_values_pairs(packed_weights, task.rows, values + column, value_stride, (keys.count + 1) / 2, state.shrink,
+                       at_most(value_step, columns - column), acc + column, columns);
+    }
+  }
+}
 
 // ---- the same on the AMX unit, for bfloat16 queries and caches ----
 //
@@ -434,23 +754,26 @@ void attend_amx(const MlaDecodeParams& p, const Plan& plan, const Task& task, So
   bf16* tile = static_cast<bf16*>(scratch(kAmxTile * ((stride + columns) * sizeof(bf16) + rows * sizeof(float)), 1));
   bf16* values = tile + kAmxTile * stride;
   float* weights = reinterpret_cast<float*>(values + kAmxTile * columns);
-  bool exists[kAmxTile];
+  Keys keys;
   const bf16* q = static_cast<const bf16*>(p.q) + (task.request * plan.rows + task.begin) * p.width;
   pack_queries_amx(q, task.rows, p.width, queries);
   Tiles tiles;
-  for (int64_t token = task.first; token < last; token += kAmxTile) {
-    int64_t count = at_most(last - token, kAmxTile), padded = round_up(count, kStep);
-    load_tile<bf16>(p, task.request, token, count, padded, stride, tile, exists);
+  for (int64_t token = task.first; token < last;) {
+    token = find_keys(p, task.request, token, last, kAmxTile, keys);
+    int64_t count = keys.count, padded = round_up(count, kStep);
+    load_tile<bf16>(p, keys, padded, stride, tile);
     for (int64_t i = 0; i < padded; i += 32) {
       for (int64_t row = 0; row < rows; row += 32) {
         auto products = row + 32 <= rows ? products_amx<2> : products_amx<1>;
         products(tile + i * stride, stride, queries + row * steps * kStep, steps, weights + i * rows + row, rows);
       }
     }
-    mask(state, rows, token, count, exists, p.softmax_scale * kLog2E, weights);
+    for (int64_t i = 0; i < count * rows; i += kLanes)
+      store(weights + i, load(weights + i) * (p.softmax_scale * kLog2E));
+    mask(state, rows, keys, weights);
     update(state, rows, count, weights);
     std::memset(weights + count * rows, 0, (padded - count) * rows * sizeof(float));
-    hide_partial_keys(state, token, count, tile, stride, columns);
+    hide_partial_keys(state, keys, tile, stride, columns);
     pack_weights_amx(weights, rows, padded, packed_weights);
     pack_values_amx(tile, stride, padded, columns, values);
     shrink_rows(state.shrink, task.rows, acc, columns);
@@ -486,27 +809,34 @@ void merge(const float* acc, const float* largest, const float* total, int64_t c
 }
 
 template <typename Q, typename Cache>
-void run_task(const MlaDecodeParams& p, const Plan& plan, int64_t request, int64_t split, int64_t block) {
+void attend_on_path(const MlaDecodeParams& p, const Plan& plan, const Task& task, Softmax& state, float* acc) {
+#ifdef JAXKERN_LEVEL_avx512
+  if constexpr (std::is_same_v<Q, bf16> && (std::is_same_v<Cache, bf16> || std::is_same_v<Cache, e4m3>)) {
+    if (plan.path == Path::pairs) return attend_pairs<Cache>(p, plan, task, state, acc);
+    if (plan.path == Path::amx) return attend_amx(p, plan, task, state, acc);
+  }
+#endif
+  attend<Q, Cache>(p, plan, task, state, acc);
+}
+
+template <typename Q, typename Cache>
+void run_task(const MlaDecodeParams& p, const Plan& plan, const Wave& wave, int64_t request, int64_t split,
+              int64_t block) {
   Splits splits = splits_of(p, request);
   if (split >= splits.count) return;
   int64_t begin = block * plan.block_rows, rows = at_most(plan.rows - begin, plan.block_rows);
   int64_t first = split * splits.tokens, last = at_most(first + splits.tokens, splits.length);
   Task task = {request, splits.length, begin, rows, first, last};
-  float* acc = static_cast<float*>(scratch(round_up(rows, kLanes) * plan.acc_stride * sizeof(float), 2));
   Softmax state;
-#ifdef JAXKERN_LEVEL_avx512
-  if (plan.amx)
-    attend_amx(p, plan, task, state, acc);
-  else
-#endif
-    attend<Q, Cache>(p, plan, task, state, acc);
   if (splits.count > 1) {
-    int64_t slot = (request * plan.max_splits + split) * plan.rows + begin;
-    std::memcpy(plan.acc + slot * plan.acc_stride, acc, rows * plan.acc_stride * sizeof(float));
-    std::memcpy(plan.largest + slot, state.largest, rows * sizeof(float));
-    std::memcpy(plan.total + slot, state.total, rows * sizeof(float));
+    int64_t slot = ((request - wave.begin) * wave.max_splits + split) * wave.rows + begin;
+    attend_on_path<Q, Cache>(p, plan, task, state, wave.acc + slot * plan.acc_stride);
+    std::memcpy(wave.largest + slot, state.largest, rows * sizeof(float));
+    std::memcpy(wave.total + slot, state.total, rows * sizeof(float));
     return;
   }
+  float* acc = static_cast<float*>(scratch(round_up(rows, kLanes) * plan.acc_stride * sizeof(float), 2));
+  attend_on_path<Q, Cache>(p, plan, task, state, acc);
   for (int64_t row = 0; row < rows; ++row) {
     int64_t to = request * plan.rows + begin + row;
     merge(acc + row * plan.acc_stride, state.largest + row, state.total + row, 1, 0, 0, p.latent,
@@ -515,14 +845,58 @@ void run_task(const MlaDecodeParams& p, const Plan& plan, int64_t request, int64
 }
 
 template <typename Q>
-void merge_rows(const MlaDecodeParams& p, const Plan& plan, int64_t request, int64_t block) {
+void merge_rows(const MlaDecodeParams& p, const Plan& plan, const Wave& wave, int64_t request, int64_t block) {
   int64_t splits = splits_of(p, request).count, begin = block * plan.block_rows;
   if (splits == 1) return;
   for (int64_t row = begin; row < at_most(begin + plan.block_rows, plan.rows); ++row) {
-    int64_t from = request * plan.max_splits * plan.rows + row, to = request * plan.rows + row;
-    merge(plan.acc + from * plan.acc_stride, plan.largest + from, plan.total + from, splits,
-          plan.rows * plan.acc_stride, plan.rows, p.latent, static_cast<Q*>(p.out) + to * p.latent, p.lse + to);
+    int64_t from = (request - wave.begin) * wave.max_splits * wave.rows + row, to = request * plan.rows + row;
+    merge(wave.acc + from * plan.acc_stride, wave.largest + from, wave.total + from, splits,
+          wave.rows * plan.acc_stride, wave.rows, p.latent, static_cast<Q*>(p.out) + to * p.latent, p.lse + to);
   }
+}
+
+// As many requests from `begin` on as have room for their partial results, at least one.
+Wave next_wave(const MlaDecodeParams& p, const Plan& plan, int64_t begin) {
+  Wave wave = {begin, begin, 1, round_up(plan.rows, kLanes), nullptr, nullptr, nullptr};
+  int64_t slot_bytes = (plan.acc_stride + 2) * sizeof(float), slots = 0;
+  for (; wave.end < p.batch; ++wave.end) {
+    int64_t splits = at_least(wave.max_splits, splits_of(p, wave.end).count);
+    int64_t needed = splits == 1 ? 0 : (wave.end + 1 - begin) * splits * wave.rows;
+    if (wave.end > begin && needed * slot_bytes > kPartialBytes) break;
+    wave.max_splits = splits;
+    slots = needed;
+  }
+  if (slots == 0) return wave;
+  wave.acc = static_cast<float*>(scratch(slots * slot_bytes, 3));
+  wave.largest = wave.acc + slots * plan.acc_stride;
+  wave.total = wave.largest + slots;
+  return wave;
+}
+
+template <typename Q, typename Cache>
+void run_waves(const MlaDecodeParams& p, const Plan& plan, const Threads& threads) {
+  for (int64_t begin = 0; begin < p.batch;) {
+    Wave wave = next_wave(p, plan, begin);
+    int64_t requests = wave.end - wave.begin;
+    threads.for_each(requests * wave.max_splits * plan.blocks, [&](int64_t task) {
+      run_task<Q, Cache>(p, plan, wave, wave.begin + task / plan.blocks / wave.max_splits,
+                         task / plan.blocks % wave.max_splits, task % plan.blocks);
+    });
+    if (wave.max_splits > 1)
+      threads.for_each(requests * plan.blocks, [&](int64_t task) {
+        merge_rows<Q>(p, plan, wave, wave.begin + task / plan.blocks, task % plan.blocks);
+      });
+    begin = wave.end;
+  }
+}
+
+Path path_of([[maybe_unused]] const MlaDecodeParams& p) {
+#ifdef JAXKERN_LEVEL_avx512
+  if (p.q_type == DType::bf16 && p.cache_type == DType::bf16 && simd_level() == Level::amx) return Path::amx;
+  bool pairs = p.q_type == DType::bf16 && (p.cache_type == DType::bf16 || p.cache_type == DType::e4m3);
+  if (pairs && simd_level() >= Level::bf16) return Path::pairs;
+#endif
+  return Path::floats;
 }
 
 }  // namespace
@@ -531,34 +905,17 @@ void mla_decode(const MlaDecodeParams& p, const Threads& threads) {
   Plan plan = {};
   plan.rows = p.queries * p.heads;
   if (p.batch == 0 || plan.rows == 0) return;
+  plan.path = path_of(p);
   plan.blocks = (plan.rows + kMaxRows - 1) / kMaxRows;
   plan.block_rows = round_up((plan.rows + plan.blocks - 1) / plan.blocks, kPanel);
   plan.blocks = (plan.rows + plan.block_rows - 1) / plan.block_rows;
   // An odd number of cache lines, so that the same column of many tokens spreads over the cache's sets.
   plan.key_stride = round_up(p.width, 32) + 16;
   plan.acc_stride = round_up(p.latent, 32);
-#ifdef JAXKERN_LEVEL_avx512
-  plan.amx = p.q_type == DType::bf16 && p.cache_type == DType::bf16 && simd_level() == Level::amx;
-#endif
-  plan.max_splits = 1;
-  for (int64_t i = 0; i < p.batch; ++i) plan.max_splits = at_least(plan.max_splits, splits_of(p, i).count);
-  if (plan.max_splits > 1) {
-    int64_t slots = p.batch * plan.max_splits * plan.rows;
-    plan.acc = static_cast<float*>(scratch(slots * (plan.acc_stride + 2) * sizeof(float), 3));
-    plan.largest = plan.acc + slots * plan.acc_stride;
-    plan.total = plan.largest + slots;
-  }
   with_type(p.q_type, [&](auto q_type) {
     using Q = decltype(q_type);
-    with_type(p.cache_type, [&](auto cache_type) {
-      threads.for_each(p.batch * plan.max_splits * plan.blocks, [&](int64_t task) {
-        run_task<Q, decltype(cache_type)>(p, plan, task / plan.blocks / plan.max_splits,
-                                          task / plan.blocks % plan.max_splits, task % plan.blocks);
-      });
-    });
-    if (plan.max_splits > 1)
-      threads.for_each(p.batch * plan.blocks,
-                       [&](int64_t task) { merge_rows<Q>(p, plan, task / plan.blocks, task % plan.blocks); });
+    if (p.cache_type == DType::e4m3) return run_waves<Q, e4m3>(p, plan, threads);
+    with_type(p.cache_type, [&](auto cache_type) { run_waves<Q, decltype(cache_type)>(p, plan, threads); });
   });
 }
 

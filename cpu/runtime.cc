@@ -74,6 +74,14 @@ Level simd_level() {
 
 const char* simd_level_name() { return kNames[static_cast<int>(simd_level())]; }
 
+bool is_batch_invariant() {
+  static const bool is = [] {
+    const char* set = std::getenv("JAXKERN_BATCH_INVARIANT");
+    return set && std::strcmp(set, "1") == 0;
+  }();
+  return is;
+}
+
 void prefer_large_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
 #ifdef __linux__
   constexpr uintptr_t kLargePage = 1 << 21;

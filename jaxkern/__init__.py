@@ -7,7 +7,7 @@ from jaxkern import kv_cache
 from jaxkern._ffi import DISABLE_JAX_EXPORT_CHECKS, implementations_used
 from jaxkern.gemm import gemm, grouped_gemm, k_grouped_gemm, masked_grouped_gemm
 from jaxkern.linear import fp8_grouped_linear, fp8_linear
-from jaxkern.mla import mla_decode, mla_prefill
+from jaxkern.mla import merge_attention, mla_decode, mla_prefill
 from jaxkern.moe import combine, dispatch, route
 from jaxkern.paging import OutOfPages, PageAllocator
 from jaxkern.quantize import ScaledArray, dequantize, quantize, quantize_along_tokens, swiglu_quantize
@@ -30,6 +30,7 @@ __all__ = [
     "k_grouped_gemm",
     "kv_cache",
     "masked_grouped_gemm",
+    "merge_attention",
     "mla_decode",
     "mla_prefill",
     "quantize",

@@ -1,16 +1,19 @@
 """Multi-head latent attention: `mla_decode` over a paged cache of latents, `mla_prefill` of a sequence to itself."""
 
 import functools
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxkern import _ffi, reference
-from jaxkern._check import FLOATS, INT32, Sizes, describe
+from jaxkern._check import FLOATS, INT32, Sizes, as_array, describe
 
 MAX_SPLITS = 1024  # partial results are kept for each
-PREFILL_FLOATS = (*FLOATS, np.dtype(np.float16))
+ATTENDED = (*FLOATS, np.dtype(np.float16))  # what the ops here take
+PACKED = np.dtype(np.uint8)
 
 
 def mla_decode(
@@ -28,31 +31,35 @@ def mla_decode(
     """Attention of new tokens to a paged cache that all heads share: a key is a row of the cache, its value the row's
     first latent_dim numbers.
 
-    Shapes and dtypes: q float32 or bfloat16 [b, s, h, d]; cache float32 or bfloat16 [p, page, d]; block_table int32
-        [b, pages]; seq_lens int32 [b]; out [b, s, h, latent_dim] in q's dtype; lse float32 [b, s, h]. DeepSeek-V3 has
-        d = 576 = 512 + 64.
+    Shapes and dtypes: q float32, bfloat16 or float16 [b, s, h, d]; cache float32, bfloat16 or float16 [p, page, d], or
+        uint8 [p, page, bytes]; block_table int32 [b, pages]; seq_lens int32 [b]; out [b, s, h, latent_dim] in q's
+        dtype; lse float32 [b, s, h]. DeepSeek-V3 has d = 576 = 512 + 64. A row of bytes is latent_dim e4m3, a float32
+        scale for each 128 of them, then d - latent_dim bfloat16: 656 bytes for 512 + 64, as FlashMLA has them.
+        latent_dim is then a multiple of 4, so that the scales are aligned; a number is its e4m3 times its scale, which
+        may be any.
     Units: seq_lens counts tokens, the s new ones included; they must be in the cache already (`kv_cache.append`). With
         causal, query i of s sees the keys [0, seq_len - (s - 1 - i)); without it, [0, seq_len). A page that is none of
         the cache's holds no keys, a length beyond the table is the table's, a negative one is 0. A query without keys
         has out 0 and lse -inf. Rows of the cache that are no key, and entries of the table past a request's length,
         may hold anything. lse is the natural logarithm of the sum of exp(softmax_scale * q . key). Sums are float32; so
-        are the weights of the values, unless q and the cache are bfloat16: then 16 bits of a weight may be all that
-        count, more than the result keeps.
+        are the weights of the values, unless q is bfloat16 and the cache bfloat16 or packed: then a weight may be
+        rounded to bfloat16, with its value's scale.
     num_splits: how many parts of equal length a request is cut into, to be computed in parallel and merged in order;
         None cuts by the request's own length. A request's result depends neither on the rest of the batch nor on the
         number of threads.
-    Sharding: shard_map, over b (with whole requests and their pages on one device) and over h.
+    Sharding: shard_map, over b (with whole requests and their pages on one device), over h, and over the pages of a
+        request: with -1 in the table for a page that is on another device, the parts are what `merge_attention` joins.
     Gradient: none.
     Implementations: cpu, xla.
     Errors: TypeError for a dtype, ValueError for a shape, a latent_dim beyond d or num_splits below 1.
     Source: DeepSeek-V2 report, section 2.1; FlashMLA.
     """
     sizes = Sizes("mla_decode")
-    q = sizes.check("q", q, FLOATS, "b s h d")
-    cache = sizes.check("cache", cache, FLOATS, "p page d")
+    q = sizes.check("q", q, ATTENDED, "b s h d")
+    sizes.require(0 < latent_dim <= sizes["d"], f"latent_dim must be from 1 to d={sizes['d']}, got {latent_dim}")
+    cache = _check_cache(sizes, cache, latent_dim)
     block_table = sizes.check("block_table", block_table, INT32, "b pages")
     seq_lens = sizes.check("seq_lens", seq_lens, INT32, "b")
-    sizes.require(0 < latent_dim <= sizes["d"], f"latent_dim must be from 1 to d={sizes['d']}, got {latent_dim}")
     allowed = num_splits is None or 1 <= num_splits <= MAX_SPLITS
     sizes.require(allowed, f"num_splits must be None or in 1..{MAX_SPLITS}, got {num_splits}")
     return _ffi.call(
@@ -67,6 +74,44 @@ def mla_decode(
         causal=bool(causal),
         num_splits=int(num_splits or 0),
     )
+
+
+def merge_attention(
+    outs: jax.Array | Sequence[jax.Array],
+    lses: jax.Array | Sequence[jax.Array],
+    *,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention to all keys from the attention to each of n disjoint sets of them: context parallelism.
+
+    Shapes and dtypes: outs float32, bfloat16 or float16 [n, ..., d]; lses float32 [n, ...], natural logarithms; or n
+        arrays each. out [..., d] in outs' dtype; lse float32 [...].
+    Units: lse is the logarithm of the sum of exp(lses[i]), out the sum of exp(lses[i] - lse) * outs[i], in float32 and
+        in order. A part with the lse -inf has no keys and no effect, whatever its out holds; without any that has keys,
+        out is 0 and lse -inf.
+    Sharding: shard_map, over all axes but the first and the last. For a cache whose pages are spread over an axis, each
+        device decodes with a table in which the pages of others are -1, and then:
+
+            out, lse = jaxkern.mla_decode(q, cache, block_table, seq_lens, softmax_scale=scale)
+            outs, lses = jax.lax.all_gather((out, lse), "context")
+            out, lse = jaxkern.merge_attention(outs, lses)
+
+        A page that is -1 costs no time. Partial results in float32, from a float32 q, keep a rounding out of the sum.
+    Gradient: of out and lse, with respect to outs and lses.
+    Implementations: cpu, xla.
+    Errors: TypeError for a dtype, ValueError for a shape.
+    Source: FlashAttention-2; FlashMLA's combine kernel.
+    """
+    sizes = Sizes("merge_attention")
+    outs, lses = (jnp.stack(x) if isinstance(x, list | tuple) else as_array(x) for x in (outs, lses))
+    dims = ["n", *(f"b{axis}" for axis in range(outs.ndim - 2))]
+    expected = f"outs must be {' or '.join(d.name for d in ATTENDED)} [n, ..., d], got {describe(outs)}"
+    sizes.require(outs.dtype in ATTENDED, expected, TypeError)
+    sizes.require(outs.ndim >= 2 and outs.shape[0] >= 1, expected)
+    outs = sizes.check("outs", outs, ATTENDED, " ".join([*dims, "d"]))
+    lses = sizes.check("lses", lses, (np.dtype(np.float32),), " ".join(dims))
+    outs, lses = _ffi.align(outs, lses)
+    return _merge(_ffi.resolve(MERGE_ATTENTION, implementation), outs, lses)
 
 
 def mla_prefill(
@@ -102,9 +147,9 @@ def mla_prefill(
     sizes.require(seq_lens is None or cu_seqlens is None, "seq_lens and cu_seqlens exclude each other")
     packed = cu_seqlens is not None
     dims = "t h" if packed else "b t h"
-    q = sizes.check("q", q, PREFILL_FLOATS, f"{dims} dk")
-    k = sizes.check("k", k, PREFILL_FLOATS, f"{dims} dk")
-    v = sizes.check("v", v, PREFILL_FLOATS, f"{dims} dv")
+    q = sizes.check("q", q, ATTENDED, f"{dims} dk")
+    k = sizes.check("k", k, ATTENDED, f"{dims} dk")
+    v = sizes.check("v", v, ATTENDED, f"{dims} dv")
     # The sequence of each token, [first, end) of its row of the batch, and of it the keys that the token sees.
     token = jnp.arange(sizes["t"], dtype=jnp.int32)
     if packed:
@@ -152,6 +197,16 @@ def _prefill_backward(static, residuals, cotangents):
 _prefill.defvjp(_prefill_forward, _prefill_backward)
 
 
+def _check_cache(sizes: Sizes, cache, latent_dim: int) -> jax.Array:
+    """The cache: rows of d numbers, or packed ones."""
+    dims = "p page d"
+    if as_array(cache).dtype == PACKED:
+        sizes.require(latent_dim % 4 == 0, f"latent_dim of a packed cache must be a multiple of 4, got {latent_dim}")
+        sizes.known["bytes"] = reference.row_bytes(latent_dim, sizes["d"] - latent_dim)
+        dims = "p page bytes"
+    return sizes.check("cache", cache, (*ATTENDED, PACKED), dims)
+
+
 def _decode_results(q, cache, block_table, seq_lens, *, latent_dim, **_):
     return [((*q.shape[:3], latent_dim), q.dtype), (q.shape[:3], jnp.float32)]
 
@@ -168,6 +223,36 @@ def _fold_batch(size, arrays, is_batched, **params):
     inner = many[0].shape[1]
     q, block_table, seq_lens = (x.reshape(size * inner, *x.shape[2:]) for x in (many[0], many[2], many[3]))
     return [q, cache, block_table, seq_lens], params, lambda i, r: r.reshape(size, inner, *r.shape[1:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _merge(implementation, outs, lses):
+    n, *rest, d = outs.shape
+    t = math.prod(rest)
+    out, lse = _ffi.call(MERGE_ATTENTION, outs.reshape(n, t, d), lses.reshape(n, t), implementation=implementation)
+    return out.reshape(*rest, d), lse.reshape(rest)
+
+
+def _merge_forward(implementation, outs, lses):
+    return _merge(implementation, outs, lses), (outs, lses)
+
+
+def _merge_backward(implementation, residuals, cotangents):
+    return jax.vjp(reference.merge_attention, *residuals)[1](cotangents)
+
+
+_merge.defvjp(_merge_forward, _merge_backward)
+
+
+def _fold_parts(size, arrays, is_batched):
+    """vmap: the new axis joins the rows."""
+    outs, lses = (
+        jnp.moveaxis(x if b else jnp.broadcast_to(x, (size, *x.shape)), 0, 1)
+        for x, b in zip(arrays, is_batched, strict=True)
+    )
+    n, _, t, d = outs.shape
+    arrays = [outs.reshape(n, size * t, d), lses.reshape(n, size * t)]
+    return arrays, {}, lambda i, r: r.reshape(size, t, *r.shape[1:])
 
 
 def _fold_all(size, arrays, is_batched, **params):
@@ -207,6 +292,12 @@ MLA_DECODE = _ffi.Op(
         refuses=_hopper_refuses_decode,
         workspaces=_hopper_workspaces,
     ),
+)
+MERGE_ATTENTION = _ffi.Op(
+    "merge_attention",
+    lambda outs, lses: [(outs.shape[1:], outs.dtype), (lses.shape[1:], lses.dtype)],
+    reference.merge_attention,
+    batch=_fold_parts,
 )
 _NO_GPU = "cuDNN's, through jax.nn.dot_product_attention, rounds lse to 16 bits and drops its gradient"
 MLA_PREFILL = _ffi.Op(

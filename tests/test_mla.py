@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxkern
+from jaxkern import reference
 
 IMPLEMENTATIONS = ["cpu", "xla"]
-BF16 = ml_dtypes.bfloat16
+BF16, F16, E4M3 = ml_dtypes.bfloat16, np.float16, ml_dtypes.float8_e4m3fn
+FP8 = np.uint8  # the dtype of packed rows
 ROUNDING = {np.float32: 2.0**-24, BF16: 2.0**-8, np.float16: 2.0**-11}  # relative, at most
 
 mla_decode = jax.jit(
@@ -28,9 +32,12 @@ mla_decode = jax.jit(
 # ---- decode ----
 
 
-def decode_by_hand(q, cache, block_table, seq_lens, *, softmax_scale, latent_dim, causal=True, num_splits=None):
-    """mla_decode, written as its docstring says it, in float64."""
-    b, s, h, _ = q.shape
+def decode_by_hand(
+    q, cache, block_table, seq_lens, *, softmax_scale, latent_dim, causal=True, num_splits=None, values=np.asarray
+):
+    """mla_decode, written as its docstring says it, in float64; `values` is of the values."""
+    b, s, h, width = q.shape
+    cache = unpacked(cache, latent_dim, width) if cache.dtype == FP8 else cache
     p, page, _ = cache.shape
     out, lse = np.zeros((b, s, h, latent_dim)), np.full((b, s, h), -np.inf)
     for request in range(b):
@@ -45,26 +52,48 @@ def decode_by_hand(q, cache, block_table, seq_lens, *, softmax_scale, latent_dim
             largest = logits.max(axis=1, keepdims=True)
             weights = np.exp(logits - largest)
             total = weights.sum(axis=1, keepdims=True)
-            out[request, query] = weights @ keys[:, :latent_dim] / total
+            out[request, query] = weights @ values(keys[:, :latent_dim]) / total
             lse[request, query] = (largest + np.log(total))[:, 0]
     return out, lse
 
 
-def paged(seed, b, s, h, page, width, lengths, *, q_dtype=np.float32, dtype=np.float32, pages=None):
+def packed(rows, latent, factor=1.0):
+    """Rows of a packed cache, byte by byte; their scales are `factor` times as large as they must be."""
+    rows = np.asarray(rows, np.float32)
+    *lead, width = rows.shape
+    parts = []
+    scales = np.stack([np.abs(rows[..., k : min(k + 128, latent)]).max(-1) for k in range(0, latent, 128)], axis=-1)
+    scales = (np.maximum(scales, 1e-4) / 448 * factor).astype(np.float32)
+    parts.append((rows[..., :latent] / scales.repeat(128, -1)[..., :latent]).astype(E4M3))
+    parts += [scales, rows[..., latent:].astype(BF16)]
+    return np.concatenate([np.ascontiguousarray(x).view(np.uint8).reshape(*lead, -1) for x in parts], axis=-1)
+
+
+def unpacked(rows, latent, width):
+    ends = [latent, latent + 4 * -(-latent // 128)]
+    values, scales, rope = (np.ascontiguousarray(x) for x in np.split(rows, ends, axis=-1))
+    values = values.view(E4M3).astype(np.float64) * scales.view(np.float32).repeat(128, -1)[..., :latent]
+    return np.concatenate([values, rope.view(BF16).astype(np.float64)], axis=-1)
+
+
+def paged(seed, b, s, h, page, width, lengths, *, q_dtype=np.float32, dtype=np.float32, pages=None, latent=None):
     """Random operands whose unused rows are NaN and whose unused table entries are garbage."""
     rng = np.random.default_rng(seed)
     pages = pages or max(1, -(-max(lengths) // page))
     used = [-(-max(n, 0) // page) for n in lengths]
     p = sum(min(u, pages) for u in used) + 2
     q = np.clip(rng.standard_normal((b, s, h, width)), -1, 1).astype(q_dtype)
-    cache = np.full((p, page, width), np.nan, dtype)
+    rows = (rng.standard_normal((p, page, width)) / 2).astype(np.float32)
+    factor = rng.uniform(1, 3, (p, page, -(-latent // 128))) if dtype == FP8 else None
+    cache = packed(rows, latent, factor) if dtype == FP8 else rows.astype(dtype)
+    unused = np.ones((p, page), bool)
     table = rng.choice([2147480000, -1, p, -(2**31)], (b, pages)).astype(np.int32)
     free = iter(rng.permutation(p))
     for request, length in enumerate(lengths):
         for i in range(min(used[request], pages)):
             table[request, i] = at = next(free)
-            rows = min(page, length - i * page)
-            cache[at, :rows] = (rng.standard_normal((rows, width)) / 2).astype(dtype)
+            unused[at, : min(page, length - i * page)] = False
+    cache[unused] = 255 if dtype == FP8 else np.nan  # 255 is NaN in each part of a packed row
     return q, cache, table, np.array(lengths, np.int32)
 
 
@@ -87,8 +116,14 @@ def assert_decodes(arrays, implementation, rtol=1e-5, **kwargs):
     flash_mla_accepts(lse, expected_lse, 1e-6, rtol, 1e-9)
     if out.dtype == np.float32:
         flash_mla_accepts(out, expected_out, rtol / 10, rtol, 1e-9)
+    elif out.dtype == F16:
+        flash_mla_accepts(out, expected_out, 1e-5, 1 / 1000, 1e-6)  # one rounding
+    elif arrays[1].dtype in (BF16, FP8):  # a rounding of each weight, and one of the result
+        magnitude, _ = decode_by_hand(*arrays, **kwargs, values=np.abs)
+        assert (np.abs(np.asarray(out).astype(np.float64) - expected_out) <= 2.0**-7 * 1.01 * magnitude + 1e-6).all()
+        flash_mla_accepts(out, expected_out, np.inf, 0, 5e-6)
     else:
-        flash_mla_accepts(out, expected_out, 1e-5, 1 / 250, 5e-6)  # one rounding, weights of 16 bits
+        flash_mla_accepts(out, expected_out, 1e-5, 1 / 250, 5e-6)  # one rounding
 
 
 SHAPES = [  # b, s, h, page, pages, width, latent, dtype of q, of the cache
@@ -98,6 +133,14 @@ SHAPES = [  # b, s, h, page, pages, width, latent, dtype of q, of the cache
     (1, 3, 128, 256, 3, 96, 64, BF16, np.float32),
     (4, 1, 1, 32, 5, 83, 61, np.float32, np.float32),
     (2, 1, 20, 24, 7, 37, 37, BF16, BF16),
+    (2, 1, 16, 64, 10, 576, 512, BF16, FP8),
+    (2, 2, 9, 16, 30, 320, 256, np.float32, FP8),
+    (2, 3, 43, 7, 31, 80, 64, BF16, FP8),
+    (1, 1, 4, 32, 9, 205, 204, F16, FP8),
+    (2, 2, 17, 16, 20, 320, 256, F16, F16),
+    (1, 1, 3, 1, 50, 512, 512, BF16, F16),
+    (2, 1, 5, 64, 5, 80, 64, F16, BF16),
+    (1, 8, 7, 16, 9, 512, 512, BF16, FP8),
 ]
 
 
@@ -110,8 +153,58 @@ def test_decode(shape, implementation, data):
     length = st.one_of(st.sampled_from([0, 1, s, page, pages * page]), st.integers(0, pages * page))
     lengths = data.draw(st.lists(length, min_size=b, max_size=b))
     causal = data.draw(st.booleans()) if implementation == "cpu" else s != 4  # a draw less to compile
-    arrays = paged(sum(lengths), b, s, h, page, width, lengths, q_dtype=q_dtype, dtype=dtype, pages=pages)
+    dtypes = dict(q_dtype=q_dtype, dtype=dtype, latent=latent)
+    arrays = paged(sum(lengths), b, s, h, page, width, lengths, pages=pages, **dtypes)
     assert_decodes(arrays, implementation, softmax_scale=width**-0.55, latent_dim=latent, causal=causal)
+
+
+FLASH_MLA = [  # b, s, h, longest, causal, dtype of the cache
+    (1, 1, 128, 4096, True, BF16),
+    (2, 2, 63, 140, True, BF16),
+    (6, 4, 3, 140, True, BF16),
+    (64, 1, 9, 140, False, BF16),
+    (128, 2, 1, 20, True, BF16),
+    (6, 2, 126, 140, False, BF16),
+    (2, 1, 64, 4096, True, FP8),
+    (6, 4, 9, 140, True, FP8),
+    (2, 2, 128, 20, False, FP8),
+]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", FLASH_MLA, ids=str)
+def test_decode_as_flash_mla_tests_it(case, implementation):
+    """Its shapes with their corner cases, its data, its tolerances; about half of the requests are empty."""
+    b, s, h, longest, causal, dtype = case
+    rng = np.random.default_rng([b, s, h, longest])
+    lengths = [int(rng.integers(s, longest + 1)) if i % 2 == 0 else 0 for i in range(b)]
+    dtypes = dict(q_dtype=BF16, dtype=dtype, latent=512)
+    q, cache, table, seq_lens = paged(b, b, s, h, 64, 576, lengths, pages=-(-longest // 64), **dtypes)
+    table[np.arange(table.shape[1]) >= -(-seq_lens[:, None] // 64)] = 2147480000
+    q = np.clip(rng.standard_normal(q.shape) / 10, -1, 1).astype(BF16)
+    if dtype == BF16:
+        cache = np.clip(cache.astype(np.float32) / 5, -1, 1).astype(BF16)
+    else:
+        cache[..., 512:528] = (np.ascontiguousarray(cache[..., 512:528]).view(np.float32) / 5).view(np.uint8)
+    kwargs = dict(softmax_scale=576**-0.5, latent_dim=512, causal=causal)
+    out, lse = mla_decode(q, cache, table, seq_lens, implementation=implementation, **kwargs)
+    expected_out, expected_lse = decode_by_hand(q, cache, table, seq_lens, **kwargs)
+    flash_mla_accepts(out, expected_out, 8e-4, 2.01 / 128, 5e-6)
+    flash_mla_accepts(lse, expected_lse, 1e-6, 8.01 / 65536, 1e-7)
+
+
+def test_decode_of_packed_rows_that_pack_rows_wrote():
+    """The layout of the writer is that of the reader, also where FlashMLA's scales are powers of two."""
+    q, cache, table, seq_lens = paged(12, 2, 1, 5, 16, 200, [40, 33], q_dtype=BF16)
+    cache = np.nan_to_num(cache)
+    rows = reference.pack_rows(jnp.asarray(cache), 136)
+    assert rows.shape[-1] == reference.row_bytes(136, 64) == 136 + 2 * 4 + 64 * 2
+    np.testing.assert_array_equal(rows, packed(cache, 136))
+    np.testing.assert_array_equal(
+        reference.unpack_rows(rows, 136, 64, jnp.float32), unpacked(np.asarray(rows), 136, 200).astype(np.float32)
+    )
+    for implementation in IMPLEMENTATIONS:
+        assert_decodes((q, np.asarray(rows), table, seq_lens), implementation, softmax_scale=0.07, latent_dim=136)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -135,10 +228,14 @@ def test_decode_of_one_key_is_its_value(implementation):
     np.testing.assert_allclose(lse[:, 0], 0.5 * np.einsum("bhd,bd->bh", q[:, 0], keys), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, BF16])
+PAIRS = [(np.float32, np.float32), (BF16, BF16), (BF16, FP8), (np.float32, FP8)]
+
+
+@pytest.mark.parametrize("dtypes", PAIRS, ids=str)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_decode_masks_pages_outside_the_cache(implementation, dtype):
-    q, cache, table, seq_lens = paged(1, 2, 2, 5, 16, 40, [700, 90], q_dtype=dtype, dtype=dtype)
+def test_decode_masks_pages_outside_the_cache(implementation, dtypes):
+    q_dtype, dtype = dtypes
+    q, cache, table, seq_lens = paged(1, 2, 2, 5, 16, 40, [700, 90], q_dtype=q_dtype, dtype=dtype, latent=32)
     table[0, [0, 7, 30, 43]] = [-1, len(cache), 2**31 - 1, -(2**31)]
     table[1, :] = 10**6
     assert_decodes((q, cache, table, seq_lens), implementation, softmax_scale=0.3, latent_dim=32)
@@ -152,20 +249,36 @@ def test_decode_clamps_lengths_to_the_table(implementation):
         assert_decodes(arrays, implementation, softmax_scale=0.3, latent_dim=32)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, BF16])
+@pytest.mark.parametrize("dtypes", PAIRS, ids=str)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_decode_shows_a_nan_to_those_that_attend_to_it_only(implementation, dtype):
-    q, cache, table, seq_lens = paged(3, 3, 2, 3, 16, 40, [50, 50, 700], q_dtype=dtype, dtype=dtype)
+def test_decode_shows_a_nan_to_those_that_attend_to_it_only(implementation, dtypes):
+    q_dtype, dtype = dtypes
+    q, cache, table, seq_lens = paged(3, 4, 2, 3, 16, 40, [50, 50, 700, 30], q_dtype=q_dtype, dtype=dtype, latent=32)
     clean = decode_by_hand(q, cache, table, seq_lens, softmax_scale=0.3, latent_dim=32)
-    cache[table[0, 20 // 16], 20 % 16, 5] = np.nan  # a value
-    cache[table[1, 49 // 16], 49 % 16, 35] = np.nan  # not a value; key of the last query only
-    cache[table[2, 699 // 16], 699 % 16, 3] = np.inf
+
+    def spoil(request, token, column, number):
+        row = cache[table[request, token // 16], token % 16]
+        if dtype != FP8:
+            row[column] = number
+        elif column < 32:
+            row[column] = 0x7F  # NaN; there is no infinity
+        else:
+            row[36 + 2 * (column - 32) :][:2] = np.array(number, BF16).reshape(1).view(np.uint8)
+
+    spoil(0, 20, 5, np.nan)  # a value
+    spoil(1, 49, 35, np.nan)  # not a value; key of the last query only
+    spoil(2, 699, 3, np.inf)
+    if dtype == FP8:
+        cache[table[3, 29 // 16], 29 % 16, 32:36] = 255  # a scale
+    else:
+        spoil(3, 29, 31, np.nan)
     out, lse = mla_decode(q, cache, table, seq_lens, softmax_scale=0.3, latent_dim=32, implementation=implementation)
-    touched = np.array([[True, True], [False, True], [False, True]])
-    np.testing.assert_array_equal(np.isnan(np.asarray(out[:2], np.float32)).any(axis=(2, 3)), touched[:2])
-    np.testing.assert_array_equal(np.isnan(lse[:2]).any(axis=2), touched[:2])
-    rtol = 1e-5 if dtype == np.float32 else 1 / 250
-    np.testing.assert_allclose(np.asarray(out, np.float64)[~touched], clean[0][~touched], rtol=rtol, atol=1e-5)
+    touched = np.array([[True, True], [False, True], [False, True], [False, True]])
+    nan = np.array([0, 1, 3])
+    np.testing.assert_array_equal(np.isnan(np.asarray(out, np.float32)[nan]).any(axis=(2, 3)), touched[nan])
+    np.testing.assert_array_equal(np.isnan(np.asarray(lse)[nan]).any(axis=2), touched[nan])
+    tolerance = dict(rtol=1e-5, atol=1e-5) if q_dtype == np.float32 else dict(rtol=1 / 128, atol=2e-3)
+    np.testing.assert_allclose(np.asarray(out, np.float64)[~touched], clean[0][~touched], **tolerance)
     np.testing.assert_allclose(np.asarray(lse)[~touched], clean[1][~touched], rtol=1e-5, atol=1e-6)
 
 
@@ -184,14 +297,30 @@ def test_decode_splits_agree_to_rounding():
             np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [np.float32, BF16])
-def test_decode_of_a_request_has_the_same_bits_alone_and_in_a_batch(dtype):
-    q, cache, table, seq_lens = paged(6, 4, 2, 20, 16, 72, [1300, 70, 0, 513], q_dtype=dtype, dtype=dtype)
-    batch = mla_decode(q, cache, table, seq_lens, softmax_scale=0.2, latent_dim=64)
+@pytest.mark.parametrize("num_splits", [None, 1, 3])
+@pytest.mark.parametrize("dtypes", PAIRS, ids=str)
+def test_decode_of_a_request_has_the_same_bits_alone_and_in_a_batch(dtypes, num_splits):
+    q_dtype, dtype = dtypes
+    kwargs = dict(softmax_scale=0.2, latent_dim=64, num_splits=num_splits)
+    lengths = [1300, 70, 0, 513]
+    q, cache, table, seq_lens = paged(6, 4, 2, 20, 16, 72, lengths, q_dtype=q_dtype, dtype=dtype, latent=64)
+    batch = mla_decode(q, cache, table, seq_lens, **kwargs)
     for i in range(4):
         one = (q[i : i + 1], cache, table[i : i + 1], seq_lens[i : i + 1])
-        for got, expected in zip(mla_decode(*one, softmax_scale=0.2, latent_dim=64), batch, strict=True):
+        for got, expected in zip(mla_decode(*one, **kwargs), batch, strict=True):
             np.testing.assert_array_equal(got[0], expected[i])
+
+
+def test_decode_of_more_requests_than_have_partial_results_at_a_time():
+    """Their partial results would be 300 MB."""
+    q, cache, table, seq_lens = paged(13, 1, 1, 128, 64, 80, [1536], q_dtype=BF16, dtype=BF16)
+    one = mla_decode(q, cache, table, seq_lens, softmax_scale=0.2, latent_dim=64)
+    many = [np.repeat(x, 3000, axis=0) for x in (q, table, seq_lens)]
+    many[2][1::2] = 0
+    out, lse = mla_decode(many[0], cache, *many[1:], softmax_scale=0.2, latent_dim=64)
+    for got, expected in ((out, one[0]), (lse, one[1])):
+        np.testing.assert_array_equal(got[::2], np.broadcast_to(expected, got[::2].shape))
+    assert (np.asarray(out[1::2]) == 0).all() and np.isneginf(lse[1::2]).all()
 
 
 def many_splits():
@@ -220,7 +349,7 @@ def test_decode_at_every_simd_level(level):
 def check_shapes():
     for i, (b, s, h, page, pages, width, latent, q_dtype, dtype) in enumerate(SHAPES):
         lengths = [pages * page - 1 - 3 * j for j in range(b)]
-        arrays = paged(i, b, s, h, page, width, lengths, q_dtype=q_dtype, dtype=dtype)
+        arrays = paged(i, b, s, h, page, width, lengths, q_dtype=q_dtype, dtype=dtype, latent=latent)
         assert_decodes(arrays, "cpu", softmax_scale=width**-0.55, latent_dim=latent)
 
 
@@ -246,7 +375,9 @@ def test_decode_errors():
     call = jax.jit(lambda *a, **k: jaxkern.mla_decode(*a, **{"softmax_scale": 1.0, "latent_dim": 32, **k}))
     with pytest.raises(TypeError, match=r"mla_decode: block_table must be int32 \[b=4, pages\], got float32\[4,8\]"):
         call(q, cache, table.astype(np.float32), seq_lens)
-    with pytest.raises(TypeError, match=r"mla_decode: q must be float32 or bfloat16 \[b, s, h, d\], got int32"):
+    with pytest.raises(
+        TypeError, match=r"mla_decode: q must be float32 or bfloat16 or float16 \[b, s, h, d\], got int32"
+    ):
         call(q.astype(np.int32), cache, table, seq_lens)
     with pytest.raises(ValueError, match=r"mla_decode: cache must be .* \[p, page, d=40\], got float32\[\d+,16,39\]"):
         call(q, cache[..., 1:], table, seq_lens)
@@ -257,6 +388,106 @@ def test_decode_errors():
             jaxkern.mla_decode(q, cache, table, seq_lens, softmax_scale=1.0, latent_dim=latent_dim)
     with pytest.raises(ValueError, match=r"mla_decode: num_splits must be None or in 1\.\.1024, got 0"):
         jaxkern.mla_decode(q, cache, table, seq_lens, softmax_scale=1.0, latent_dim=32, num_splits=0)
+    rows = np.zeros((2, 16, 52), np.uint8)
+    with pytest.raises(
+        ValueError, match=r"mla_decode: cache must be .* or uint8 \[p, page, bytes=52\], got uint8\[2,16,51\]"
+    ):
+        call(q, rows[..., 1:], table, seq_lens)
+    with pytest.raises(ValueError, match="mla_decode: latent_dim of a packed cache must be a multiple of 4, got 30"):
+        jaxkern.mla_decode(q, rows, table, seq_lens, softmax_scale=1.0, latent_dim=30)
+
+
+# ---- parts of attention, merged ----
+
+
+def merge_by_hand(outs, lses):
+    """merge_attention in float64."""
+    outs, lses = np.asarray(outs).astype(np.float64), np.asarray(lses, np.float64)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        largest = lses.max(axis=0)
+        weights = np.where(np.isneginf(lses), 0, np.exp(lses - np.where(np.isneginf(largest), 0, largest)))
+        total = weights.sum(axis=0)
+        shares = np.where(total == 0, 0, weights / total)
+        out = (shares[..., None] * np.where(np.isneginf(lses)[..., None], 0, outs)).sum(axis=0)
+        return out, np.where(total == 0, -np.inf, largest + np.log(total))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [np.float32, BF16, F16])
+def test_merge(dtype, implementation):
+    rng = np.random.default_rng(0)
+    for n, lead, d in [(1, (3,), 5), (2, (), 64), (7, (3, 2, 5), 61), (4, (0, 3), 8)]:
+        outs = rng.standard_normal((n, *lead, d)).astype(dtype)
+        lses = (20 * rng.standard_normal((n, *lead))).astype(np.float32)
+        empty = rng.random(lses.shape) < 0.4
+        outs[empty], lses[empty] = np.nan, -np.inf
+        out, lse = jaxkern.merge_attention(outs, lses, implementation=implementation)
+        expected_out, expected_lse = merge_by_hand(outs, lses)
+        assert out.dtype == dtype and lse.dtype == np.float32
+        rtol = {np.float32: 1e-5, BF16: 1 / 250, F16: 1 / 2000}[dtype]
+        np.testing.assert_allclose(np.asarray(out, np.float64), expected_out, rtol=rtol, atol=rtol / 10)
+        np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-6)
+        listed = jaxkern.merge_attention(list(outs), tuple(lses), implementation=implementation)
+        np.testing.assert_array_equal(listed[0], out)
+        np.testing.assert_array_equal(listed[1], lse)
+
+
+def test_merge_of_parts_without_keys_has_gradients():
+    """Those of the parts with keys as if the others were not there, and zero for the others."""
+    outs = np.random.default_rng(1).standard_normal((3, 4, 6)).astype(np.float32)
+    lses = np.array([[0.1, 2, -1, -np.inf], [-np.inf, 0.5, -np.inf, -np.inf], [0.3, 1, 0.7, -np.inf]], np.float32)
+    empty = np.isneginf(lses)
+    outs[empty] = np.nan
+
+    def loss(outs, lses):
+        out, lse = jaxkern.merge_attention(outs, lses)
+        return (out * jnp.cos(jnp.arange(6.0))).sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
+
+    d_outs, d_lses = jax.grad(loss, (0, 1))(outs, lses)
+    assert (np.asarray(d_outs)[empty] == 0).all() and (np.asarray(d_lses)[empty] == 0).all()
+    for row in range(3):
+        has = ~empty[:, row]
+        expected = jax.grad(loss, (0, 1))(outs[has, row : row + 1], lses[has, row : row + 1])
+        np.testing.assert_allclose(d_outs[has, row], expected[0][:, 0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(d_lses[has, row], expected[1][:, 0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtypes", PAIRS, ids=str)
+def test_decode_of_a_cache_whose_pages_are_spread_over_devices(dtypes):
+    """Context parallelism: each device decodes the pages that it holds, and the parts are merged."""
+    q_dtype, dtype = dtypes
+    lengths = [700, 0, 33, 3]
+    q, cache, table, seq_lens = paged(14, 4, 2, 5, 16, 72, lengths, q_dtype=q_dtype, dtype=dtype, latent=64)
+    cache = np.concatenate([cache, cache[: -len(cache) % 4]])
+    kwargs = dict(softmax_scale=0.3, latent_dim=64)
+    mesh = jax.make_mesh((4,), ("context",), axis_types=(AxisType.Auto,))
+
+    def decode(q, cache, block_table, seq_lens):
+        first = jax.lax.axis_index("context") * cache.shape[0]
+        held = (block_table >= first) & (block_table < first + cache.shape[0])
+        local = jnp.where(held, block_table - first, -1)
+        part = jaxkern.mla_decode(q.astype(jnp.float32), cache, local, seq_lens, **kwargs)
+        outs, lses = jax.lax.all_gather(part, "context")
+        return jax.tree.map(lambda x: x[None], jaxkern.merge_attention(outs, lses))
+
+    spread = jax.shard_map(
+        decode, mesh=mesh, in_specs=(P(), P("context"), P(), P()), out_specs=(P("context"), P("context"))
+    )
+    outs, lses = jax.jit(spread)(q, cache, table, seq_lens)
+    expected = decode_by_hand(q, cache, table, seq_lens, **kwargs)
+    for device in range(4):
+        flash_mla_accepts(outs[device], expected[0], 1e-6, 1e-5, 1e-9)
+        flash_mla_accepts(lses[device], expected[1], 1e-6, 1e-5, 1e-9)
+
+
+def test_merge_errors():
+    outs, lses = jnp.zeros((3, 2, 8)), jnp.zeros((3, 2))
+    with pytest.raises(ValueError, match=r"merge_attention: lses must be float32 \[n=3, b0=2\], got float32\[3,4\]"):
+        jaxkern.merge_attention(outs, jnp.zeros((3, 4)))
+    with pytest.raises(TypeError, match=r"merge_attention: lses must be float32 \[n=3, b0=2\], got bfloat16\[3,2\]"):
+        jaxkern.merge_attention(outs, lses.astype(jnp.bfloat16))
+    with pytest.raises(ValueError, match=r"merge_attention: outs must be .* \[n, ..., d\], got float32\[0,2,8\]"):
+        jaxkern.merge_attention(outs[:0], lses[:0])
 
 
 # ---- prefill ----

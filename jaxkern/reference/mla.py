@@ -5,16 +5,20 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxkern.reference.kv_cache import unpack_rows
+
 BLOCK = 256  # tokens in a block of queries or keys of mla_prefill; its probabilities are all that it holds at once
 
 _einsum = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
 
 
 def mla_decode(q, cache, block_table, seq_lens, *, softmax_scale, latent_dim, causal, num_splits=0):
-    """q [b, s, h, d], cache [p, page, d] -> out [b, s, h, latent_dim], lse [b, s, h]."""
+    """q [b, s, h, d], cache [p, page, d] or uint8 [p, page, bytes] -> out [b, s, h, latent_dim], lse [b, s, h]."""
     s = q.shape[1]
     page = cache.shape[1]
-    keys = gather_pages(cache, block_table).astype(jnp.float32)
+    keys = gather_pages(cache, block_table)
+    packed = keys.dtype == jnp.uint8
+    keys = unpack_rows(keys, latent_dim, q.shape[3] - latent_dim, jnp.float32) if packed else keys.astype(jnp.float32)
     exists = jnp.repeat((block_table >= 0) & (block_table < cache.shape[0]), page, axis=1)
     token = jnp.arange(keys.shape[1])
     limits = jnp.clip(seq_lens, 0, keys.shape[1])[:, None] - (jnp.arange(s)[::-1] if causal else jnp.zeros(s, int))
@@ -27,6 +31,19 @@ def mla_decode(q, cache, block_table, seq_lens, *, softmax_scale, latent_dim, ca
     logits = softmax_scale * _einsum("bshd,btd->bsht", q.astype(jnp.float32), keys)
     p, lse = softmax(jnp.where(counts[:, :, None], logits, -jnp.inf))
     return _einsum("bsht,btd->bshd", p, values).astype(q.dtype), lse
+
+
+def merge_attention(outs, lses):
+    """outs [n, t, d], lses [n, t] -> out [t, d] in outs' dtype, lse [t]."""
+    empty = lses == -jnp.inf
+    largest = jax.lax.stop_gradient(no_minus_inf(lses.max(axis=0)))
+    weights = jnp.where(empty, 0, jnp.exp(jnp.where(empty, 0, lses - largest)))
+    total = weights.sum(axis=0)
+    nothing = total == 0
+    shares = weights / jnp.where(nothing, 1, total)
+    out = (shares[..., None] * jnp.where(empty[..., None], 0, outs.astype(jnp.float32))).sum(axis=0)
+    lse = jnp.where(nothing, -jnp.inf, largest + jnp.log(jnp.where(nothing, 1, total)))
+    return out.astype(outs.dtype), lse
 
 
 def gather_pages(cache, block_table):
