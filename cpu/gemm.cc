@@ -485,6 +485,7 @@ void for_each_group(const Groups& groups, int64_t rows, F f) {
 }  // namespace
 
 void gemm(const GemmParams& p, const Threads& threads) {
+  prefer_large_pages(p.out, p.batch * p.m * p.n * size_of(p.out_type));
   Chunk chunk(threads);
   auto advance = [](Operand o, int64_t elements, int64_t scales) {
     o.data = static_cast<const char*>(o.data) + elements * size_of(o.type);
@@ -505,6 +506,7 @@ void gemm(const GemmParams& p, const Threads& threads) {
 }
 
 void grouped_gemm(const GroupedGemmParams& p, const Threads& threads) {
+  prefer_large_pages(p.out, p.m * p.n * size_of(p.out_type));
   Chunk chunk(threads);
   int64_t row_bytes = p.n * size_of(p.out_type);
   char* out = static_cast<char*>(p.out);
@@ -527,6 +529,7 @@ void grouped_gemm(const GroupedGemmParams& p, const Threads& threads) {
 }
 
 void k_grouped_gemm(const KGroupedGemmParams& p, const Threads& threads) {
+  prefer_large_pages(p.out, p.groups.count * p.m * p.n * sizeof(float));
   Chunk chunk(threads);
   for_each_group(p.groups, p.t, [&](int64_t group, int64_t begin, int64_t end, int64_t) {
     if (group == p.groups.count) return;

@@ -44,13 +44,14 @@ def mla_decode(
         may hold anything. lse is the natural logarithm of the sum of exp(softmax_scale * q . key). Sums are float32; so
         are the weights of the values, unless q is bfloat16 and the cache bfloat16 or packed: then a weight may be
         rounded to bfloat16, with its value's scale.
-    num_splits: how many parts of equal length a request is cut into, to be computed in parallel and merged in order;
-        None cuts by the request's own length. A request's result depends neither on the rest of the batch nor on the
-        number of threads.
+    num_splits: how many parts of equal length a request is cut into, to be computed in parallel and merged in order.
+        Then, and on the CPU always, a request's result depends neither on the rest of the batch nor on the number of
+        threads. None cuts by the request's own length on the CPU; on a GPU the lengths of all requests decide.
     Sharding: shard_map, over b (with whole requests and their pages on one device), over h, and over the pages of a
         request: with -1 in the table for a page that is on another device, the parts are what `merge_attention` joins.
     Gradient: none.
-    Implementations: cpu, xla.
+    Implementations: cpu, xla; cuda and sim for bfloat16 q and cache, d 576, latent_dim 512 and pages of whole 16s of
+        rows. There a NaN in a key that only some queries of a request see may reach the others.
     Errors: TypeError for a dtype, ValueError for a shape, a latent_dim beyond d or num_splits below 1.
     Source: DeepSeek-V2 report, section 2.1; FlashMLA.
     """

@@ -1,6 +1,9 @@
 """Generation: golden tokens, what stops and what is drawn, and that nothing is compiled twice."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -192,23 +195,23 @@ def test_a_step_copies_no_cache(model, packed):
     assert memory.alias_size_in_bytes >= size and memory.temp_size_in_bytes < size / 10
 
 
-def test_a_row_has_the_same_bits_whatever_the_others_are():
-    """The logits of the prompt and of every step. Of layers without experts: how many rows an expert gets depends on
-    the others, and with it the order of its sums."""
-    model = small_model(first_k_dense_replace=2, hidden_size=96, kv_lora_rank=64)
+def logits_of_steps(dtype=jnp.float32, **config):
+    """(lengths of prompts, seed of all rows but the first) -> logits [b, 1 + 20, vocab]: after each row's prompt, and
+    after each of the next tokens."""
+    model = small_model(hidden_size=96, kv_lora_rank=64, **config)
+    model.dtype = np.dtype(dtype)
     program, leaves = Program.of(model)
     new, page_size, pages = 20, 16, 12
 
     @jax.jit
     @functools.partial(program.map, in_specs=(program.rows,) * 3, out_specs=program.rows)
     def step_logits(parts, ids, lengths, table):
-        """-> [b, 1 + new, vocab]: after each row's prompt of lengths [b] tokens, and after each of the next ones."""
         at = functools.partial(jnp.take_along_axis, axis=1)
         x, rows, _ = parts["model"](ids[:, :-new], lengths, program.run)
         logits = [head(parts, at(x, lengths[:, None, None] - 1), program.run)]
         positions = jnp.arange(ids.shape[1] - new, dtype=jnp.int32)
         positions = jnp.where(positions < lengths[:, None], positions, -1)
-        empty = jnp.zeros((pages, page_size, model.config.latent_width))
+        empty = jnp.zeros((pages, page_size, model.config.latent_width), dtype)
         cache = [kv_cache.append(empty, r, table, positions) for r in rows]
         for i in range(new):
             token, seq_lens = at(ids, lengths[:, None] + i), lengths + i + 1
@@ -216,15 +219,36 @@ def test_a_row_has_the_same_bits_whatever_the_others_are():
             logits.append(head(parts, x, program.run))
         return jnp.concatenate(logits, axis=1)
 
-    def run(others, lengths):
+    def run(lengths, others=1):
         table, _ = reserve_pages(np.array(lengths) + new, 3, page_size, devices=1)
-        ids = np.concatenate([tokens(1, 40), tokens(3, 40, seed=others)])
+        ids = np.concatenate([tokens(1, 40), tokens(len(lengths) - 1, 40, seed=others)])
         return np.asarray(step_logits(leaves, ids, np.array(lengths, np.int32), table))
 
-    first = run(1, [20, 20, 20, 20])
+    return run
+
+
+def test_a_row_has_the_same_bits_whatever_the_others_are():
+    """Of layers without experts: how many rows an expert gets depends on the others, and with it the order of sums."""
+    run = logits_of_steps(first_k_dense_replace=2)
+    first = run([20, 20, 20, 20])
     assert first.shape == (4, 21, 64) and (first[0, 0] != first[1, 0]).any()
-    for other in (run(2, [20, 20, 20, 20]), run(1, [20, 13, 1, 20]), run(2, [20, 4, 20, 7])):
+    for other in (run([20, 20, 20, 20], 2), run([20, 13, 1, 20]), run([20, 4, 20, 7], 2)):
         np.testing.assert_array_equal(other[0], first[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_row_has_the_same_bits_alone_and_in_any_batch(dtype):
+    """With experts, in a process whose products have one order of sums for any number of rows."""
+    code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); "
+    code += f"import test_deepseek_generate as t; t.check_batch_invariance({dtype!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "JAXKERN_BATCH_INVARIANT": "1"})
+
+
+def check_batch_invariance(dtype):
+    run = logits_of_steps(dtype)
+    alone = run([20])
+    for batch in (run([20, 20]), run([20, 13, 1, 20]), run([20, 4, 20, 7], 2), run([20] * 4, 3)):
+        np.testing.assert_array_equal(batch[0], alone[0])
 
 
 def test_progress(model, capsys):
