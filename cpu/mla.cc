@@ -361,8 +361,7 @@ void attend(const MlaDecodeParams& p, const Plan& plan, const Task& task, Softma
 constexpr int64_t kPairTile = 96;   // tokens, a multiple of kPairGroup
 constexpr int64_t kPairGroup = 24;  // tokens whose keys are taken through the first-level cache at a time
 constexpr int64_t kPairKeyStride = kLatentBlock + 32;  // an odd number of cache lines
-constexpr int64_t kPairBlockSize = kPairGroup * kPairKeyStride;
-constexpr int64_t kPairRows = 8;  // whose weights lie together
+constexpr int64_t kPairRows = 8;                       // whose weights lie together
 
 // The blocks that a row is cut into, each with one scale: those of the latent, and what follows it as another.
 struct Blocks {
@@ -394,32 +393,38 @@ void pack_queries_pairs(const bf16* q, int64_t rows, int64_t width, int64_t pair
   }
 }
 
-// Columns of a row as bfloat16, filled up with zeros to whole registers.
+// Filled up with zeros to whole registers.
 template <typename T>
 JAXKERN_INLINE void load_columns(const T* from, int64_t columns, bf16* to) {
-  for (int64_t k = 0; k < columns; k += 2 * kLanes) {
-    store_raw(to + k, load_bf16_lanes(from + k, columns - k));
-  }
+  for (int64_t k = 0; k < columns; k += 2 * kLanes) store_raw(to + k, load_bf16_lanes(from + k, columns - k));
 }
 
-// A row of the cache as bfloat16, its blocks kPairBlockSize apart, and their scales, kPairTile apart.
-JAXKERN_INLINE void load_row_pairs(const Blocks& blocks, const bf16* row, bf16* to, float* scales) {
-  for (int64_t i = 0; i < blocks.count; ++i) {
-    load_columns(row + blocks.begin(i), blocks.end(i) - blocks.begin(i), to + i * kPairBlockSize);
-    scales[i * kPairTile] = 1.0f;
-  }
+// Block i of a row of the cache as bfloat16. Returns its scale.
+JAXKERN_INLINE float load_block(const Blocks& blocks, int64_t i, const bf16* row, bf16* to) {
+  load_columns(row + blocks.begin(i), blocks.end(i) - blocks.begin(i), to);
+  return 1.0f;
 }
 
-JAXKERN_INLINE void load_row_pairs(const Blocks& blocks, const e4m3* row, bf16* to, float* scales) {
-  const e4m3* of_block = row + blocks.latent;
-  for (int64_t i = 0; i < blocks.of_latent; ++i, of_block += sizeof(float)) {
-    load_columns(row + blocks.begin(i), blocks.end(i) - blocks.begin(i), to + i * kPairBlockSize);
-    scales[i * kPairTile] = load_raw<float>(of_block);
+JAXKERN_INLINE float load_block(const Blocks& blocks, int64_t i, const e4m3* row, bf16* to) {
+  const e4m3* scales = row + blocks.latent;
+  if (i < blocks.of_latent) {
+    load_columns(row + blocks.begin(i), blocks.end(i) - blocks.begin(i), to);
+    return load_raw<float>(scales + i * sizeof(float));
   }
-  if (blocks.of_latent == blocks.count) return;
-  const bf16* rope = reinterpret_cast<const bf16*>(of_block);
-  load_columns(rope, blocks.width - blocks.latent, to + blocks.of_latent * kPairBlockSize);
-  scales[blocks.of_latent * kPairTile] = 1.0f;
+  const bf16* rope = reinterpret_cast<const bf16*>(scales + blocks.of_latent * sizeof(float));
+  load_columns(rope, blocks.width - blocks.latent, to);
+  return 1.0f;
+}
+
+// Block i of the keys [begin, begin + kPairGroup), and their scales; zeros where there are no more.
+template <typename Cache>
+void load_group(const Blocks& blocks, int64_t i, const Keys& keys, int64_t begin, bf16* group, float* scales) {
+  int64_t count = at_most(kPairGroup, keys.count - begin);
+  for (int64_t token = 0; token < count; ++token) {
+    const Cache* row = reinterpret_cast<const Cache*>(keys.rows[begin + token]);
+    scales[token] = load_block(blocks, i, row, group + token * kPairKeyStride);
+  }
+  std::memset(group + count * kPairKeyStride, 0, (kPairGroup - count) * kPairKeyStride * sizeof(bf16));
 }
 
 // The rows of the next group, which are fetched a cache line at a time while this group is computed: its rows are read
@@ -466,28 +471,34 @@ void logits_block_pairs(const bf16* keys, const uint32_t* panel, int64_t pairs, 
   }
 }
 
-// The logits of kPairGroup tokens.
-void logits_of_pairs(const bf16* keys, const Blocks& blocks, const float* scales, const uint32_t* panels, int64_t pairs,
-                     int64_t rows, float scale, float* logits, Ahead& ahead) {
-  for (int64_t block = 0; block < blocks.count; ++block, keys += kPairBlockSize, scales += kPairTile) {
-    int64_t k = blocks.begin(block) / 2, some = (blocks.end(block) + 1) / 2 - k, row = 0;
-    for (; row + kPanel <= rows; row += kPanel)
-      for (int64_t i = 0; i < kPairGroup; i += kPanelTokens)
-        logits_block_pairs<kPanelTokens, 2>(keys + i * kPairKeyStride, panels + row * pairs + k * kPanel, some,
-                                            scales + i, scale, block == 0, logits + i * rows + row, rows, ahead);
-    if (row < rows)
-      logits_block_pairs<kPairGroup, 1>(keys, panels + row * pairs + k * kLanes, some, scales, scale, block == 0,
-                                        logits + row, rows, ahead);
+// The logits of kPairGroup tokens: the part of the columns [2 * first, 2 * (first + some)).
+void logits_of_pairs(const bf16* group, int64_t first, int64_t some, const float* scales, const uint32_t* panels,
+                     int64_t pairs, int64_t rows, float scale, float* logits, Ahead& ahead) {
+  int64_t row = 0;
+  for (; row + kPanel <= rows; row += kPanel)
+    for (int64_t i = 0; i < kPairGroup; i += kPanelTokens)
+      logits_block_pairs<kPanelTokens, 2>(group + i * kPairKeyStride, panels + row * pairs + first * kPanel, some,
+                                          scales + i, scale, first == 0, logits + i * rows + row, rows, ahead);
+  if (row < rows)
+    logits_block_pairs<kPairGroup, 1>(group, panels + row * pairs + first * kLanes, some, scales, scale, first == 0,
+                                      logits + row, rows, ahead);
+}
+
+// As hide_partial_keys.
+void hide_partial_group(const Softmax& state, const Keys& keys, int64_t begin, bf16* group, float* scales) {
+  for (int64_t i = 0; i < at_most(kPairGroup, keys.count - begin); ++i) {
+    if (keys.tokens[begin + i] < state.limits[0]) continue;
+    keep_finite(group + i * kPairKeyStride, kLatentBlock);
+    if (!__builtin_isfinite(scales[i])) scales[i] = 0.0f;
   }
 }
 
-// keys [block][kPairGroup][kPairKeyStride] -> values [kPairGroup / 2][columns] pairs.
-void pack_values_pairs(const bf16* keys, int64_t columns, uint32_t* values, int64_t value_stride) {
-  for (int64_t i = 0; i < kPairGroup; i += 2, values += value_stride) {
+// group [kPairGroup][kPairKeyStride] -> values [kPairGroup / 2][columns] pairs.
+void pack_values_pairs(const bf16* group, int64_t columns, uint32_t* values, int64_t value_stride) {
+  for (int64_t i = 0; i < kPairGroup; i += 2, group += 2 * kPairKeyStride, values += value_stride) {
     for (int64_t k = 0; k < columns; k += 2 * kLanes) {
-      const bf16* from = keys + k / kLatentBlock * kPairBlockSize + i * kPairKeyStride + k % kLatentBlock;
       u32v pairs[2];
-      interleave(load_bf16(from), load_bf16(from + kPairKeyStride), pairs);
+      interleave(load_bf16(group + k), load_bf16(group + kPairKeyStride + k), pairs);
       store_raw(values + k, pairs[0]);
       store_raw(values + k + kLanes, pairs[1]);
     }
@@ -550,33 +561,6 @@ void add_values_pairs(const uint32_t* weights, int64_t rows, const uint32_t* val
   }
 }
 
-// The keys [begin, begin + kPairGroup) of `keys` and their scales; zeros where there are no more.
-template <typename Cache>
-void load_group(const Blocks& blocks, const Keys& keys, int64_t begin, bf16* group, float* scales) {
-  for (int64_t i = 0; i < kPairGroup; ++i) {
-    bf16* to = group + i * kPairKeyStride;
-    if (begin + i < keys.count) {
-      load_row_pairs(blocks, reinterpret_cast<const Cache*>(keys.rows[begin + i]), to, scales + i);
-    } else {
-      for (int64_t block = 0; block < blocks.count; ++block)
-        std::memset(to + block * kPairBlockSize, 0, kLatentBlock * sizeof(bf16));
-    }
-  }
-}
-
-// As hide_partial_keys.
-void hide_partial_group(const Softmax& state, const Blocks& blocks, const Keys& keys, int64_t begin, bf16* group,
-                        float* scales) {
-  for (int64_t i = 0; i < at_most(kPairGroup, keys.count - begin); ++i) {
-    if (keys.tokens[begin + i] < state.limits[0]) continue;
-    for (int64_t block = 0; block < blocks.count; ++block) {
-      keep_finite(group + block * kPairBlockSize + i * kPairKeyStride, kLatentBlock);
-      float& scale = scales[block * kPairTile + i];
-      if (!__builtin_isfinite(scale)) scale = 0.0f;
-    }
-  }
-}
-
 template <typename Cache>
 void attend_pairs(const MlaDecodeParams& p, const Plan& plan, const Task& task, Softmax& state, float* acc) {
   int64_t last = start(p, plan, task, state, acc), rows = round_up(task.rows, kLanes), columns = plan.acc_stride;
@@ -589,7 +573,7 @@ void attend_pairs(const MlaDecodeParams& p, const Plan& plan, const Task& task, 
   float* weights = reinterpret_cast<float*>(queries + rows * pairs);
   uint32_t* packed_weights = queries + rows * (pairs + kPairTile);
   int64_t bytes = kPairTile * (value_stride * sizeof(uint32_t) / 2 + blocks.count * sizeof(float));
-  uint32_t* values = static_cast<uint32_t*>(scratch(bytes + blocks.count * kPairBlockSize * sizeof(bf16), 1));
+  uint32_t* values = static_cast<uint32_t*>(scratch(bytes + kPairGroup * kPairKeyStride * sizeof(bf16), 1));
   float* scales = reinterpret_cast<float*>(values + kPairTile / 2 * value_stride);
   bf16* group = reinterpret_cast<bf16*>(scales + blocks.count * kPairTile);
   Keys keys, next;
@@ -604,11 +588,17 @@ void attend_pairs(const MlaDecodeParams& p, const Plan& plan, const Task& task, 
       const char* const* from = in_tile ? keys.rows + i + kPairGroup : next.rows;
       Ahead ahead = {from, from + at_most(in_tile ? keys.count - i - kPairGroup : next.count, kPairGroup),
                      row_bytes(p.cache_type, p.width, p.latent), 0};
-      load_group<Cache>(blocks, keys, i, group, scales + i);
-      logits_of_pairs(group, blocks, scales + i, queries, pairs, rows, p.softmax_scale * kLog2E, weights + i * rows,
-                      ahead);
-      hide_partial_group(state, blocks, keys, i, group, scales + i);
-      pack_values_pairs(group, columns, values + i / 2 * value_stride, value_stride);
+      for (int64_t block = 0; block < blocks.count; ++block) {
+        int64_t begin = blocks.begin(block), end = blocks.end(block);
+        float* of_block = scales + block * kPairTile + i;
+        load_group<Cache>(blocks, block, keys, i, group, of_block);
+        logits_of_pairs(group, begin / 2, (end + 1) / 2 - begin / 2, of_block, queries, pairs, rows,
+                        p.softmax_scale * kLog2E, weights + i * rows, ahead);
+        hide_partial_group(state, keys, i, group, of_block);
+        if (block < blocks.of_latent)
+          pack_values_pairs(group, at_most(kLatentBlock, columns - begin), values + i / 2 * value_stride + begin,
+                            value_stride);
+      }
     }
     mask(state, rows, keys, weights);
     update(state, rows, keys.count, weights);
