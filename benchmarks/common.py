@@ -87,7 +87,11 @@ def compare(
 
 
 def medians(timed: list[Callable[[], object]], seconds: float) -> list[float]:
-    """The median time of each function in milliseconds, the functions taking turns."""
+    """The median time of each function in milliseconds, the functions taking turns.
+
+    In its turn a function runs twice and the second run is timed: XLA's threads go on freeing a large program's
+    temporaries after it has returned, and whoever comes next pays for it.
+    """
     times = [[] for _ in timed]
     for f in timed:
         f()
@@ -95,6 +99,7 @@ def medians(timed: list[Callable[[], object]], seconds: float) -> list[float]:
     start = time.perf_counter()
     while len(times[0]) < 5 or time.perf_counter() - start < seconds * len(timed):
         for f, t in zip(timed, times, strict=True):
+            f()
             begin = time.perf_counter()
             f()
             t.append(time.perf_counter() - begin)
