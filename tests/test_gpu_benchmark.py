@@ -31,7 +31,7 @@ def case_without_gpu(case):
 MACHINE = {"copy_bytes_per_s": 1e12, "bf16_flops_per_s": 1e14}
 
 
-@pytest.mark.parametrize("arguments, cases", [([], 59), (["--family", "quantize"], 2), (["--quick"], 15)])
+@pytest.mark.parametrize("arguments, cases", [([], 74), (["--family", "quantize"], 2), (["--quick"], 20)])
 def test_plan(arguments, cases, capsys):
     assert gpu.main(["--plan", *arguments]) == 0
     out = capsys.readouterr().out
