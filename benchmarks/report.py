@@ -66,7 +66,7 @@ def summary() -> str:
         ratios = sorted(row["ratio"] for row in record["rows"])
         middle = ratios[len(ratios) // 2]
         family = record["family"]
-        lines.append(f"| {family} | {len(ratios)} | {ratios[0]:.2f} | {middle:.1f} | {ratios[-1]:.0f} |")
+        lines.append(f"| {family} | {len(ratios)} | {ratios[0]:.2f} | {middle:.1f} | {ratios[-1]:.3g} |")
     return "\n".join(lines)
 
 
