@@ -1,6 +1,5 @@
 // Products of pairs of bfloat16, on the matrix unit (cpu/amx.h) or by vdpbf16ps. An e4m3 is exact as a bfloat16, so FP8
 // operands go in as they are, and their scales multiply the sums over each 128 of k.
-// scales multiply the sums over each 128 of k.
 #pragma once
 
 #ifdef JAXKERN_LEVEL_avx512

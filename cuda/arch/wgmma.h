@@ -11,9 +11,14 @@
 // shared memory that A and B are read from. A group begins with wgmma_fence.
 #pragma once
 
+#include "cuda/arch/thread.h"
 #include "cuda/arch/tma.h"
 
 namespace jaxkern::cuda {
+
+// The row, of 64, and the column of item i of this thread's accumulators.
+DEVICE int fragment_row(int i) { return thread_index() % warpgroup_size / 32 * 16 + lane_index() / 4 + i / 2 % 2 * 8; }
+DEVICE int fragment_column(int i) { return i / 4 * 8 + lane_index() % 4 * 2 + i % 2; }
 
 // Where a matrix lies in shared memory, in the layout that the copy engine leaves with the same swizzle.
 // PTX 9.7.15.5.1.2.

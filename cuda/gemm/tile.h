@@ -62,10 +62,6 @@ DEVICE void multiply_stage(float (&sums)[n / 2], const void* left, const void* r
   wgmma_commit_group(SIM(where));
 }
 
-// The row, of 64, and the column of item i of this thread's accumulators.
-DEVICE int fragment_row(int i) { return thread_index() % warpgroup_size / 32 * 16 + lane_index() / 4 + i / 2 % 2 * 8; }
-DEVICE int fragment_column(int i) { return i / 4 * 8 + lane_index() % 4 * 2 + i % 2; }
-
 // The scales of `rows` rows from `first` on for one 128 of k, by a warp; zeros beyond the matrix. For
 // matrices whose rows of scales are not aligned to 16 bytes, as a tensor map needs.
 template <int rows>

@@ -124,12 +124,6 @@ struct MlaDecodeKernel {
 
   // ---- attention ----
 
-  // The row, of 64, and the column of item i of this thread's accumulators.
-  DEVICE static int row_of(int i) {
-    return thread_index() % warpgroup_size / 32 * 16 + lane_index() / 4 + i / 2 % 2 * 8;
-  }
-  DEVICE static int column_of(int i) { return i / 4 * 8 + lane_index() % 4 * 2 + i % 2; }
-
   DEVICE static float max_of_quad(float x) {
     x = fmaxf(x, shfl_xor(x, 1));
     return fmaxf(x, shfl_xor(x, 2));
@@ -157,7 +151,7 @@ struct MlaDecodeKernel {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         largest[j] = minus_infinity;
-        int query = (piece.group * mla_rows + row_of(2 * j)) / p.heads;
+        int query = (piece.group * mla_rows + fragment_row(2 * j)) / p.heads;
         limit[j] = p.causal ? piece.length - (p.queries - 1 - query) : piece.length;
       }
       mbarrier_wait(s.q_full, q_phase);
@@ -169,7 +163,7 @@ struct MlaDecodeKernel {
         float most[2] = {minus_infinity, minus_infinity};
 #pragma unroll
         for (int i = 0; i < half_keys / 2; ++i) {
-          int key = column_of(i), j = i / 2 % 2;
+          int key = fragment_column(i), j = i / 2 % 2;
           bool counts = exists >> key & 1 && block * key_block + half * half_keys + key < limit[j];
           logits[i] = counts ? logits[i] * p.scale_log2 : minus_infinity;
           most[j] = fmaxf(most[j], logits[i]);
@@ -177,13 +171,13 @@ struct MlaDecodeKernel {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           most[j] = max_of_quad(most[j]);
-          if (lane_index() % 4 == 0) store(s.largest[half][row_of(2 * j)], most[j]);
+          if (lane_index() % 4 == 0) store(s.largest[half][fragment_row(2 * j)], most[j]);
         }
         bar_sync(1, math_threads);
         float base[2], shrink[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          most[j] = fmaxf(fmaxf(most[j], load(s.largest[1 - half][row_of(2 * j)])), largest[j]);
+          most[j] = fmaxf(fmaxf(most[j], load(s.largest[1 - half][fragment_row(2 * j)])), largest[j]);
           base[j] = most[j] == minus_infinity ? 0 : most[j];
           shrink[j] = ex2(largest[j] - base[j]);
           largest[j] = most[j];
@@ -266,13 +260,13 @@ struct MlaDecodeKernel {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       float sum = sum_of_quad(total[j]);
-      if (lane_index() % 4 == 0) store(s.total[half][row_of(2 * j)], sum);
+      if (lane_index() % 4 == 0) store(s.total[half][fragment_row(2 * j)], sum);
     }
     bar_sync(1, math_threads);
     float sums[2], inverse[2];
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      sums[j] = load(s.total[0][row_of(2 * j)]) + load(s.total[1][row_of(2 * j)]);
+      sums[j] = load(s.total[0][fragment_row(2 * j)]) + load(s.total[1][fragment_row(2 * j)]);
       inverse[j] = sums[j] == 0 ? 0 : rcp(sums[j]);
     }
     bar_sync(2, math_threads);  // before the next piece's
@@ -280,9 +274,9 @@ struct MlaDecodeKernel {
     int64_t to = piece.whole ? int64_t(piece.request) * p.sizes.rows + first_row : int64_t(piece.slot) * mla_rows;
 #pragma unroll
     for (int i = 0; i < columns / 2; i += 2) {
-      int row = row_of(i), j = i / 2 % 2;
+      int row = fragment_row(i), j = i / 2 % 2;
       if (first_row + row >= p.sizes.rows) continue;
-      int64_t at = (to + row) * mla_latent + half * columns + column_of(i);
+      int64_t at = (to + row) * mla_latent + half * columns + fragment_column(i);
       float low = result[i] * inverse[j], high = result[i + 1] * inverse[j];
       if (piece.whole)
         store_global(p.out, at, cvt_bf16x2(low, high));
@@ -291,7 +285,7 @@ struct MlaDecodeKernel {
     }
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      int row = row_of(2 * j);
+      int row = fragment_row(2 * j);
       if (half != 0 || lane_index() % 4 != 0 || first_row + row >= p.sizes.rows) continue;
       float lse = sums[j] == 0 ? -__builtin_inff() : largest[j] + lg2(sums[j]);
       if (piece.whole)
