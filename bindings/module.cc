@@ -16,7 +16,8 @@ namespace nb = nanobind;
   HANDLER(route, 1)                 \
   HANDLER(assign_slots, 1)          \
   HANDLER(gather_rows, 1)           \
-  HANDLER(sum_rows, 1)              \
+  HANDLER(gather_quantize_rows, 1)  \
+  HANDLER(sum_rows, 2)              \
   HANDLER(dot_rows, 1)              \
   HANDLER(gemm, 1)                  \
   HANDLER(grouped_gemm, 1)          \

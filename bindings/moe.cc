@@ -81,7 +81,7 @@ ffi::Error gather_rows(ffi::ThreadPool pool, Buffer x, Buffer source, Buffer wei
   check.shape("out", *out, {rows, hidden});
   check.dtype("out", *out, {x.element_type()});
   check.that(is_size(top_k), "top_k must be a positive int32");
-  check.dtype("x", x, {F32, BF16, F16, S32});
+  check.dtype("x", x, {F32, BF16, F16, S32, U8, F8E4M3FN, F8E8M0FNU});
   if (weighted) {
     check.dtype("x", x, {F32, BF16});
     check.dtype("weights", weights, {F32});
@@ -103,8 +103,43 @@ ffi::Error gather_rows(ffi::ThreadPool pool, Buffer x, Buffer source, Buffer wei
   return ffi::Error::Success();
 }
 
-ffi::Error sum_rows(ffi::ThreadPool pool, Buffer rows, Buffer slots, Buffer keys, Buffer weights, Result out,
-                    int64_t num_keys, std::string_view) {
+ffi::Error gather_quantize_rows(ffi::ThreadPool pool, Buffer x, Buffer source, Buffer slots, Result values,
+                                Result scales, int64_t top_k, std::string_view scale_format) {
+  Check check("gather_quantize_rows");
+  check.rank("x", x, 2);
+  check.rank("source", source, 1);
+  check.that(is_size(top_k), "top_k must be a positive int32");
+  if (check.failed()) return check.error();
+  int64_t tokens = x.dimensions()[0], hidden = x.dimensions()[1], rows = source.dimensions()[0];
+  check.dtype("x", x, {F32, BF16});
+  check.dtype("source", source, {S32});
+  check.dtype("slots", slots, {S32});
+  check.shape("slots", slots, {tokens, top_k});
+  check.shape("values", *values, {rows, hidden});
+  check.dtype("values", *values, {F8E4M3FN});
+  check.shape("scales", *scales, {rows, blocks_of(hidden, 128)});
+  check.dtype("scales", *scales, {scale_format == "ue8m0" ? F8E8M0FNU : F32});
+  if (check.failed()) return check.error();
+
+  cpu::gather_quantize_rows({.x = x.untyped_data(),
+                             .x_type = dtype_of(x.element_type()),
+                             .source = data<const int32_t>(source),
+                             .slots = data<const int32_t>(slots),
+                             .values = data<uint8_t>(*values),
+                             .scales = scales->untyped_data(),
+                             .scale_type = dtype_of(scales->element_type()),
+                             .power_of_two = scale_format != "float32",
+                             .tokens = tokens,
+                             .top_k = top_k,
+                             .hidden = hidden,
+                             .rows = rows},
+                            threads_of(pool));
+  return ffi::Error::Success();
+}
+
+// bias is [0, 0] where there is none.
+ffi::Error sum_rows(ffi::ThreadPool pool, Buffer rows, Buffer slots, Buffer keys, Buffer weights, Buffer bias,
+                    Result out, int64_t num_keys, std::string_view) {
   Check check("sum_rows");
   check.rank("rows", rows, 2);
   check.rank("slots", slots, 2);
@@ -117,6 +152,8 @@ ffi::Error sum_rows(ffi::ThreadPool pool, Buffer rows, Buffer slots, Buffer keys
   check.shape("keys", keys, {tokens, top_k});
   check.dtype("weights", weights, {F32});
   check.shape("weights", weights, {tokens, top_k});
+  check.dtype("bias", bias, {F32, BF16});
+  if (bias.element_count() > 0) check.shape("bias", bias, {tokens, hidden});
   check.dtype("out", *out, {F32, BF16});
   check.shape("out", *out, {tokens, hidden});
   check.that(top_k <= cpu::kMaxTopK, "slots must hold at most 64 choices a token");
@@ -127,6 +164,8 @@ ffi::Error sum_rows(ffi::ThreadPool pool, Buffer rows, Buffer slots, Buffer keys
                  .slots = data<const int32_t>(slots),
                  .keys = data<const int32_t>(keys),
                  .weights = data<const float>(weights),
+                 .bias = bias.element_count() > 0 ? bias.untyped_data() : nullptr,
+                 .bias_type = dtype_of(bias.element_type()),
                  .out = out->untyped_data(),
                  .out_type = dtype_of(out->element_type()),
                  .num_rows = num_rows,
@@ -185,8 +224,12 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gather_rows_v1, gather_rows,
                               signature(Operands<3>{}, Results<1>{}).Attr<int64_t>("top_k").Attr<int64_t>("weighted"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    sum_rows_v1, sum_rows,
-    signature(Operands<4>{}, Results<1>{}).Attr<int64_t>("num_keys").Attr<std::string_view>("out_dtype"));
+    gather_quantize_rows_v1, gather_quantize_rows,
+    signature(Operands<3>{}, Results<2>{}).Attr<int64_t>("top_k").Attr<std::string_view>("scale_format"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    sum_rows_v2, sum_rows,
+    signature(Operands<5>{}, Results<1>{}).Attr<int64_t>("num_keys").Attr<std::string_view>("out_dtype"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dot_rows_v1, dot_rows, signature(Operands<3>{}, Results<1>{}));
 

@@ -1,4 +1,4 @@
-// What the kernels that write block-scaled FP8 share: the scale of a block.
+// What the kernels that write block-scaled FP8 share: a block and its scale.
 #pragma once
 
 #include "cpu/simd.h"
@@ -35,6 +35,34 @@ JAXKERN_INLINE float scale_of(uint32_t amax_bits, bool power_of_two) {
   float scale = (amax > kMinAmax ? amax : kMinAmax) / kFp8Max;
   if (!power_of_two) return scale;
   return bit_cast<float>((bit_cast<uint32_t>(scale) + 0x7fffffu) & 0x7f800000u);
+}
+
+JAXKERN_INLINE void store_scale(void* scales, DType type, int64_t index, float scale) {
+  uint32_t bits = bit_cast<uint32_t>(scale);
+  if (type == DType::e8m0)
+    static_cast<uint8_t*>(scales)[index] = bits > 0x7f800000u ? 255 : uint8_t(bits >> 23);
+  else
+    static_cast<float*>(scales)[index] = scale;
+}
+
+// Quantises the columns [begin, end) of `rows` rows, `stride` elements apart, and returns their scale.
+template <typename T>
+JAXKERN_INLINE float quantize_block(const T* x, e4m3* values, int64_t rows, int64_t stride, int64_t begin, int64_t end,
+                                    bool power_of_two) {
+  u32v largest = {};
+  for (int64_t row = 0; row < rows; ++row) {
+    for_each_register(begin, end, [&](int64_t column, int64_t lanes) {
+      largest = larger(largest, load_lanes(x + row * stride + column, lanes));
+    });
+  }
+  float scale = scale_of(largest_of(largest), power_of_two);
+  for (int64_t row = 0; row < rows; ++row) {
+    for_each_register(begin, end, [&](int64_t column, int64_t lanes) {
+      int64_t at = row * stride + column;
+      store_lanes(values + at, load_lanes(x + at, lanes) / scale, lanes);
+    });
+  }
+  return scale;
 }
 
 // Calls f with a value of the storage type.

@@ -1,6 +1,6 @@
 #include "cpu/moe.h"
 
-#include "cpu/simd.h"
+#include "cpu/fp8.h"
 
 namespace jaxkern::cpu::JAXKERN_LEVEL {
 namespace {
@@ -74,6 +74,23 @@ void gather_weighted(const GatherRowsParams& p, int64_t row) {
   if (i < p.hidden) store_first(out + i, load_first(x + i, p.hidden - i) * weight, p.hidden - i);
 }
 
+// Whether the row of an assignment is where `slots` says.
+bool is_told(const GatherQuantizeRowsParams& p, int64_t assignment) {
+  int32_t row = p.slots[assignment];
+  return is_assignment(row, p.rows) && p.source[row] == assignment;
+}
+
+// A token's row, or without a token zeros, in blocks.
+template <typename T>
+void quantize_token(const GatherQuantizeRowsParams& p, int64_t token, uint8_t* values, void* scales) {
+  const T* x = static_cast<const T*>(p.x) + token * p.hidden;
+  for (int64_t begin = 0, block = 0; begin < p.hidden; begin += kBlock, ++block) {
+    int64_t end = begin + kBlock < p.hidden ? begin + kBlock : p.hidden;
+    float scale = quantize_block(x, reinterpret_cast<e4m3*>(values), 1, p.hidden, begin, end, p.power_of_two);
+    store_scale(scales, p.scale_type, block, scale);
+  }
+}
+
 // The additions of one token's rows: into[i] += from[i], in order; the sum ends in `root`. leaves are choices j.
 struct Tree {
   int leaves = 0;
@@ -123,13 +140,14 @@ void plant(Tree& tree, const SumRowsParams& p, int64_t token) {
   if (tree.leaves > 0) tree.root = join(tree, 0, tree.leaves, 0, p.num_keys);
 }
 
-template <typename T, typename Out>
+template <typename T, typename Out, typename Bias>
 void sum_token(const SumRowsParams& p, int64_t token) {
   constexpr int kWide = 4;  // registers a step, to hide the latency of the additions
   Tree tree;
   plant(tree, p, token);
   Out* out = static_cast<Out*>(p.out) + token * p.hidden;
   const T* rows = static_cast<const T*>(p.rows);
+  const Bias* bias = p.bias ? static_cast<const Bias*>(p.bias) + token * p.hidden : nullptr;
   f32v sums[kMaxTopK][kWide];
   int64_t i = 0;
   for (; i + kWide * kLanes <= p.hidden; i += kWide * kLanes) {
@@ -140,7 +158,10 @@ void sum_token(const SumRowsParams& p, int64_t token) {
     }
     for (int a = 0; a < tree.additions; ++a)
       for (int w = 0; w < kWide; ++w) sums[tree.into[a]][w] += sums[tree.from[a]][w];
-    for (int w = 0; w < kWide; ++w) store(out + i + w * kLanes, sums[tree.root][w]);
+    for (int w = 0; w < kWide; ++w) {
+      f32v sum = sums[tree.root][w];
+      store(out + i + w * kLanes, bias ? sum + load(bias + i + w * kLanes) : sum);
+    }
   }
   for (; i < p.hidden; i += kLanes) {
     int64_t lanes = p.hidden - i < kLanes ? p.hidden - i : kLanes;
@@ -148,7 +169,8 @@ void sum_token(const SumRowsParams& p, int64_t token) {
     for (int leaf = 0; leaf < tree.leaves; ++leaf)
       sums[leaf][0] = load_first(rows + tree.row[leaf] * p.hidden + i, lanes) * tree.weight[leaf];
     for (int a = 0; a < tree.additions; ++a) sums[tree.into[a]][0] += sums[tree.from[a]][0];
-    store_first(out + i, sums[tree.root][0], lanes);
+    f32v sum = sums[tree.root][0];
+    store_first(out + i, bias ? sum + load_first(bias + i, lanes) : sum, lanes);
   }
 }
 
@@ -226,11 +248,50 @@ void gather_rows(const GatherRowsParams& p, const Threads& threads) {
   });
 }
 
+void gather_quantize_rows(const GatherQuantizeRowsParams& p, const Threads& threads) {
+  int64_t blocks = (p.hidden + kBlock - 1) / kBlock, scale_bytes = blocks * size_of(p.scale_type);
+  char* scales = static_cast<char*>(p.scales);
+  prefer_large_pages(p.values, p.rows * p.hidden);
+  with_type(p.x_type, [&](auto type) {
+    using T = decltype(type);
+    threads.for_each_chunk(p.tokens, p.hidden * p.top_k, [&](int64_t begin, int64_t end) {
+      uint8_t* values_of_token = static_cast<uint8_t*>(scratch(p.hidden + scale_bytes + kBlock));
+      uint8_t* scales_of_token = values_of_token + (p.hidden + kBlock - 1) / kBlock * kBlock;
+      for (int64_t token = begin; token < end; ++token) {
+        bool quantized = false;
+        for (int64_t i = token * p.top_k; i < (token + 1) * p.top_k; ++i) {
+          if (!is_told(p, i)) continue;
+          if (!quantized) quantize_token<T>(p, token, values_of_token, scales_of_token);
+          quantized = true;
+          std::memcpy(p.values + p.slots[i] * p.hidden, values_of_token, p.hidden);
+          std::memcpy(scales + p.slots[i] * scale_bytes, scales_of_token, scale_bytes);
+        }
+      }
+    });
+    threads.for_each_chunk(p.rows, p.hidden, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        int32_t source = p.source[row];
+        if (!is_assignment(source, p.tokens * p.top_k)) {
+          std::memset(p.values + row * p.hidden, 0, p.hidden);
+          float scale = scale_of(0, p.power_of_two);
+          for (int64_t block = 0; block < blocks; ++block)
+            store_scale(p.scales, p.scale_type, row * blocks + block, scale);
+        } else if (p.slots[source] != row) {
+          quantize_token<T>(p, source / p.top_k, p.values + row * p.hidden, scales + row * scale_bytes);
+        }
+      }
+    });
+  });
+}
+
 void sum_rows(const SumRowsParams& p, const Threads& threads) {
   with_type(p.type, [&](auto type) {
     with_type(p.out_type, [&](auto out_type) {
-      threads.for_each_chunk(p.tokens, p.hidden * p.top_k * 2, [&](int64_t begin, int64_t end) {
-        for (int64_t token = begin; token < end; ++token) sum_token<decltype(type), decltype(out_type)>(p, token);
+      with_type(p.bias_type, [&](auto bias_type) {
+        threads.for_each_chunk(p.tokens, p.hidden * p.top_k * 2, [&](int64_t begin, int64_t end) {
+          for (int64_t token = begin; token < end; ++token)
+            sum_token<decltype(type), decltype(out_type), decltype(bias_type)>(p, token);
+        });
       });
     });
   });

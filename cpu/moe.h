@@ -30,7 +30,7 @@ struct AssignSlotsParams {
 };
 
 // out[i] = x[source[i] / top_k], times weights[source[i]] if there are any; zero where source is no assignment.
-// With weights x is f32 or bf16; without it is any type of element_size bytes.
+// With weights x is f32 or bf16; without it is any type of element_size bytes, which zero bits are the zero of.
 struct GatherRowsParams {
   const void* x;
   const int32_t* source;
@@ -40,13 +40,30 @@ struct GatherRowsParams {
   int64_t element_size, tokens, top_k, hidden, rows;
 };
 
-// out[t] = sum over j of weights[t, j] * rows[slots[t, j]], float32, along a binary tree over keys [0, num_keys).
+// values and scales of the same rows, quantised in blocks of 1 x 128. `slots` tells where each assignment's row is, so
+// that a token is quantised once; rows that it does not tell of, or tells wrong, are quantised by themselves.
+struct GatherQuantizeRowsParams {
+  const void* x;
+  DType x_type;           // f32, bf16
+  const int32_t* source;  // [rows]
+  const int32_t* slots;   // [tokens, top_k]
+  uint8_t* values;
+  void* scales;
+  DType scale_type;
+  bool power_of_two;
+  int64_t tokens, top_k, hidden, rows;
+};
+
+// out[t] = sum over j of weights[t, j] * rows[slots[t, j]], float32, along a binary tree over keys [0, num_keys), plus
+// bias[t].
 struct SumRowsParams {
   const void* rows;
   DType type;
   const int32_t* slots;
   const int32_t* keys;
   const float* weights;
+  const void* bias;  // [tokens, hidden], or null
+  DType bias_type;
   void* out;
   DType out_type;
   int64_t num_rows, num_keys, tokens, top_k, hidden;
@@ -66,6 +83,7 @@ struct DotRowsParams {
 JAXKERN_KERNEL(route, RouteParams)
 JAXKERN_KERNEL(assign_slots, AssignSlotsParams)
 JAXKERN_KERNEL(gather_rows, GatherRowsParams)
+JAXKERN_KERNEL(gather_quantize_rows, GatherQuantizeRowsParams)
 JAXKERN_KERNEL(sum_rows, SumRowsParams)
 JAXKERN_KERNEL(dot_rows, DotRowsParams)
 

@@ -7,14 +7,6 @@
 namespace jaxkern::cpu::JAXKERN_LEVEL {
 namespace {
 
-void store_scale(void* scales, DType type, int64_t index, float scale) {
-  uint32_t bits = bit_cast<uint32_t>(scale);
-  if (type == DType::e8m0)
-    static_cast<uint8_t*>(scales)[index] = bits > 0x7f800000u ? 255 : uint8_t(bits >> 23);
-  else
-    static_cast<float*>(scales)[index] = scale;
-}
-
 struct Rows {
   int64_t batch, begin, end;
 };
@@ -29,26 +21,14 @@ Rows rows_of(int64_t task, int64_t m, int64_t block_m) {
 template <typename T>
 void quantize_rows(const QuantizeParams& p, int64_t task) {
   Rows rows = rows_of(task, p.m, p.block_m);
-  int64_t offset = rows.batch * p.m * p.k;
+  int64_t offset = (rows.batch * p.m + rows.begin) * p.k;
   const T* x = static_cast<const T*>(p.x) + offset;
   e4m3* values = reinterpret_cast<e4m3*>(p.values) + offset;
   int64_t blocks = (p.k + p.block_k - 1) / p.block_k;
   for (int64_t block = 0; block < blocks; ++block) {
     int64_t begin = block * p.block_k, end = begin + p.block_k < p.k ? begin + p.block_k : p.k;
-    u32v largest = {};
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      for_each_register(begin, end, [&](int64_t column, int64_t lanes) {
-        largest = larger(largest, load_lanes(x + row * p.k + column, lanes));
-      });
-    }
-    float scale = scale_of(largest_of(largest), p.power_of_two);
+    float scale = quantize_block(x, values, rows.end - rows.begin, p.k, begin, end, p.power_of_two);
     store_scale(p.scales, p.scale_type, task * blocks + block, scale);
-    for (int64_t row = rows.begin; row < rows.end; ++row) {
-      for_each_register(begin, end, [&](int64_t column, int64_t lanes) {
-        int64_t at = row * p.k + column;
-        store_lanes(values + at, load_lanes(x + at, lanes) / scale, lanes);
-      });
-    }
   }
 }
 

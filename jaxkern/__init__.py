@@ -8,7 +8,7 @@ from jaxkern._ffi import DISABLE_JAX_EXPORT_CHECKS, implementations_used
 from jaxkern.gemm import gemm, grouped_gemm, k_grouped_gemm, masked_grouped_gemm
 from jaxkern.linear import fp8_grouped_linear, fp8_linear
 from jaxkern.mla import merge_attention, mla_decode, mla_prefill
-from jaxkern.moe import combine, dispatch, route
+from jaxkern.moe import combine, dispatch, replay, route
 from jaxkern.paging import OutOfPages, PageAllocator
 from jaxkern.quantize import ScaledArray, dequantize, quantize, quantize_along_tokens, swiglu_quantize
 
@@ -35,6 +35,7 @@ __all__ = [
     "mla_prefill",
     "quantize",
     "quantize_along_tokens",
+    "replay",
     "route",
     "swiglu_quantize",
 ]

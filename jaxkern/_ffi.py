@@ -177,6 +177,28 @@ def align(*arrays: jax.Array) -> list[jax.Array]:
     ]
 
 
+def only_on(platforms: Sequence[str], x: jax.Array, message: str) -> jax.Array:
+    """`x`; compiling for another platform raises NotImplementedError with `message`."""
+    return _ONLY_ON.bind(x, platforms=tuple(platforms), message=message)
+
+
+def _make_only_on() -> Primitive:
+    primitive = Primitive("jaxkern_only_on")
+
+    def lower(ctx, x, *, platforms, message):
+        if others := set(ctx.module_context.platforms) - set(platforms):
+            raise NotImplementedError(f"{message}, only on {', '.join(platforms)}; compiling for {', '.join(others)}")
+        return [x]
+
+    primitive.def_abstract_eval(lambda x, **_: x)
+    batching.primitive_batchers[primitive] = lambda arrays, axes, **params: (primitive.bind(*arrays, **params), axes[0])
+    mlir.register_lowering(primitive, lower)
+    return primitive
+
+
+_ONLY_ON = _make_only_on()
+
+
 def _make_primitive(op: Op) -> Primitive:
     primitive = Primitive(f"jaxkern_{op.name}")
     primitive.multiple_results = True

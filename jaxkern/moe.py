@@ -1,15 +1,18 @@
-"""Expert parallelism: `route`, `dispatch`, `combine`.
+"""Expert parallelism: `route`, `dispatch`, `combine`, `replay`.
 
-On one device `dispatch` sorts token rows by expert and `combine` sums them back. Over a mesh axis a token first crosses
-to each rank that holds one of its experts, once, and the partial sums of each rank cross back.
+On one device `dispatch` sorts token rows by expert and `combine` sums them back. Over mesh axes a token first crosses
+to each rank that holds one of its experts, once for each; with axis_name=(outer, inner) once for each outer rank, then
+inside it. Combine goes the same way back.
 
 Every sum over a token's experts runs in float32 along one binary tree over the expert ids, [0, n) halved again and
 again. The experts of one rank are a subtree when the number of ranks is a power of two, so the result is the same to
-the bit on 1, 2, 4 and 8 devices.
+the bit on 1, 2, 4 and 8 devices, in one level or two. With reduction="expert" it is so on any number.
 """
 
 import dataclasses
 import functools
+import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +20,14 @@ import numpy as np
 
 from jaxkern import _ffi, reference
 from jaxkern._check import FLOATS, INT32, Sizes
+from jaxkern.quantize import ScaledArray, ScaleFormat, check_scale_format, check_scaled, scaled
+from jaxkern.quantize import quantize as quantize_rows
 
 MAX_TOP_K = 64  # what the kernels hold in registers and on the stack
+LAYOUTS = ("expert", "rank", "masked")
+TRANSPORTS = ("all_to_all", "ragged", "gather")
+REDUCTIONS = ("rank", "expert")
+AxisName = str | tuple[str | tuple[str, ...], ...] | None
 
 
 def route(
@@ -74,211 +83,618 @@ def route(
 
 @functools.partial(
     jax.tree_util.register_dataclass,
+    data_fields=["ranks", "slots", "keys", "source", "sent", "select"],
+    meta_fields=["axis_name", "transport"],
+)
+@dataclasses.dataclass(frozen=True)
+class Level:
+    """How the rows of one rank's t tokens cross one mesh axis: into slabs, one for each rank, of `rows` rows.
+
+    ranks: int32 [t, k], the rank of each choice; -1 where it selects nothing
+    slots: int32 [t, k], the slab row, rank * rows + row, of a token's first choice on each rank; -1 elsewhere
+    keys: int32 [t, k], the rank of each slot; -1 where there is none
+    source: int32 [ranks * rows], the choice (token * k + choice) that each slab row holds; -1 where it holds none
+    sent: int32 [ranks], the rows that go to each rank
+    select: int32 [ranks * rows], the token of all those gathered that each row received is; None: row for row
+    """
+
+    ranks: jax.Array
+    slots: jax.Array
+    keys: jax.Array
+    source: jax.Array
+    sent: jax.Array
+    select: jax.Array | None
+    axis_name: str | tuple[str, ...] | None
+    transport: str
+
+    @property
+    def size(self) -> int:
+        return self.sent.shape[0]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
     data_fields=[
         "group_sizes",
         "dropped",
+        "expert_ids",
         "weights",
         "slots",
-        "keys",
         "source",
-        "wire_slots",
-        "wire_keys",
-        "wire_source",
+        "token_ids",
+        "token_weights",
+        "levels",
     ],
-    meta_fields=["axis_name", "implementation"],
+    meta_fields=["layout", "num_experts", "implementation"],
 )
 @dataclasses.dataclass(frozen=True)
 class Handle:
     """What `combine` must know of a `dispatch`: arrays only, so it passes through jit, remat and scan.
 
-    group_sizes: int32 [local experts], the rows of each expert, as `grouped_gemm` wants them
-    dropped: int32 [local experts], the assignments of each expert that found no row
-    weights: float32 [n, k], of the n tokens that arrived at this rank
-    slots, keys: int32 [n, k], the row and the local expert of each assignment; -1 where there is none
-    source: int32 [rows], the assignment (token * k + choice) that each row holds; -1 where it holds none
-    wire_slots, wire_keys: int32 [t, k], for this rank's own t tokens: the slab row and the rank of each copy sent
-    wire_source: int32 [ranks * t], as `source`, for the slabs sent
+    group_sizes: int32, the rows of each group received: [local experts], as `grouped_gemm` and `masked_grouped_gemm`
+        want them; [ranks] with layout "rank", the rows from each rank of the last level's axis
+    dropped: int32 [local experts], the assignments of each expert that found no row, anywhere on the way
+    expert_ids, weights: int32 and float32 [n, k], of the n rows that arrived at this rank, ids counted from this rank's
+        first expert; -1 and 0 where the expert lives elsewhere. With layout "rank" they belong to the rows received.
+    slots: int32 [n, k], the row of each assignment; -1 where there is none. None with layout "rank".
+    source: int32 [rows], the assignment (row * k + choice) that each row holds; -1 where it holds none. Likewise.
+    token_ids, token_weights: [t, k], this rank's own expert_ids and weights as `dispatch` got them
+    levels: the way there, a `Level` for each mesh axis
     """
 
     group_sizes: jax.Array
     dropped: jax.Array
+    expert_ids: jax.Array
     weights: jax.Array
-    slots: jax.Array
-    keys: jax.Array
-    source: jax.Array
-    wire_slots: jax.Array | None
-    wire_keys: jax.Array | None
-    wire_source: jax.Array | None
-    axis_name: str | tuple[str, ...] | None
+    slots: jax.Array | None
+    source: jax.Array | None
+    token_ids: jax.Array
+    token_weights: jax.Array
+    levels: tuple[Level, ...]
+    layout: str
+    num_experts: int
     implementation: str | None
 
 
 def dispatch(
-    x: jax.Array,
+    x: jax.Array | ScaledArray,
     expert_ids: jax.Array,
     weights: jax.Array,
     *,
     num_experts: int,
-    axis_name: str | tuple[str, ...] | None = None,
+    axis_name: AxisName = None,
+    layout: Literal["expert", "rank", "masked"] = "expert",
     capacity: int | None = None,
+    wire_capacity: int | tuple[int | None, ...] | None = None,
     expert_alignment: int = 1,
+    quantize: Literal["fp8"] | None = None,
+    scale_format: ScaleFormat = "float32",
+    transport: str | tuple[str | None, ...] | None = None,
     implementation: str | None = None,
-) -> tuple[jax.Array, Handle]:
-    """Brings each token to its experts: rows grouped by expert, ready for `grouped_gemm`.
+) -> tuple[jax.Array | ScaledArray, Handle]:
+    """Brings each token to its experts.
 
-    Shapes and dtypes: x float32 or bfloat16 [t, h], expert_ids int32 [t, k] (-1, or any id that is no expert, selects
-        nothing), weights float32 [t, k] -> received [rows, h] in x's dtype and a `Handle`. The rows of one expert are
-        together, in the order of (source rank, token, choice); each expert's first row is a multiple of
-        expert_alignment; rows of no expert are zero.
-    Units: `capacity` is the number of received rows; None is the exact worst case. A smaller one drops what does not
-        fit and counts it in handle.dropped, by expert; nothing is ever written elsewhere.
-    Sharding: inside shard_map, axis_name being the mesh axis (or axes) that the experts are spread over, in order:
-        expert e lives on rank e // (num_experts / ranks). The tokens are this rank's own, as many on every rank. None:
-        all experts are here. A token crosses once for each rank that needs it.
-    Gradient: to x and, through the handle, to the weights; the gradient of dispatch is an unweighted combine.
+    Shapes and dtypes: x float32 or bfloat16 [t, h], or a ScaledArray of it with blocks (1, 128), expert_ids int32
+        [t, k] (-1, or any id that is no expert, selects nothing), weights float32 [t, k] -> received and a `Handle`.
+        received has x's dtype, or is a ScaledArray if x is one or with quantize="fp8", which gives the values and
+        scales of `jaxkern.quantize`, in scale_format. By layout:
+        "expert": [capacity, h], ready for `grouped_gemm`. The rows of one expert are together, in the order of (source
+        rank, token, choice); each expert's first row is a multiple of expert_alignment.
+        "masked": [local experts, capacity, h], ready for `masked_grouped_gemm`: the rows of each expert come first.
+        "rank": [ranks * wire_capacity, h], a token once, however many of its experts live here: handle.expert_ids and
+        handle.weights say which. The rows from each rank of the (last) axis come first in its share, in token order.
+        Rows that hold no token are zero.
+    Units: capacity and wire_capacity, the rows that one rank sends to another (one number, or one for each level), are
+        by default the exact worst case for tokens whose experts are distinct. What does not fit is dropped and counted
+        in handle.dropped, by expert; nothing is ever written elsewhere. What comes first in the order above fits first.
+    Sharding: inside shard_map, axis_name being the mesh axis that the experts are spread over, in order: expert e lives
+        on rank e // (num_experts / ranks). The tokens are this rank's own, as many on every rank. (outer, inner)
+        crosses two axes one after the other, hosts and the devices of each: a token crosses the outer one once for each
+        host that needs it. An axis may itself be a tuple of mesh axes that act as one. None: all experts are here.
+        transport, one for all levels or one for each: "all_to_all" exchanges slabs of wire_capacity rows, "ragged" only
+        the rows in them (jax.lax.ragged_all_to_all, not on CPUs), "gather" all tokens, of which each rank selects its
+        own. None: "all_to_all" where there is a wire_capacity, else "gather", which then moves no more bytes and copies
+        less. What is received is the same to the bit.
+    Gradient: to x, where it is not quantised, and, through the handle, to the weights; the gradient of dispatch is an
+        unweighted combine.
     Implementations: cpu, xla.
-    Errors: TypeError for a dtype, ValueError for a shape, or ranks that do not divide the experts.
-    Source: DeepSeek-V3 report, section 3.2.2; DeepEP's `dispatch`.
+    Errors: TypeError for a dtype, ValueError for a shape, ranks that do not divide the experts, an unknown name, or a
+        capacity that the layout or the transport has no use for; NotImplementedError for "ragged" on a CPU.
+    Source: DeepSeek-V3 report, section 3.2; DeepEP's `dispatch`, plain, expanded and low-latency.
     """
     sizes = Sizes("dispatch")
-    x = sizes.check("x", x, FLOATS, "t h")
+    x = _rows(sizes, x)
     expert_ids = sizes.check("expert_ids", expert_ids, INT32, "t k")
     weights = sizes.check("weights", weights, (jnp.float32,), "t k")
     t, k = expert_ids.shape
-    ranks = jax.lax.axis_size(axis_name) if axis_name else 1
+    axes = _levels(axis_name)
+    ranks = [jax.lax.axis_size(axis) for axis in axes]
+    _check_names(sizes, layout, quantize, scale_format)
     sizes.require(1 <= k <= MAX_TOP_K, f"expert_ids must hold 1..{MAX_TOP_K} choices a token, got k={k}")
-    sizes.require(num_experts % ranks == 0, f"the {ranks} ranks must divide num_experts={num_experts}")
-    sizes.require_size("expert_alignment", expert_alignment)
-    local_experts = num_experts // ranks
-    worst = ranks * t * min(k, local_experts)
-    if expert_alignment > 1:
-        worst = _ceil_to(worst + min(local_experts, worst) * (expert_alignment - 1), expert_alignment)
-    rows = worst if capacity is None else capacity
-    if capacity is not None:
-        sizes.require_size("capacity", capacity)
-    x, expert_ids, weights = _ffi.align(x, expert_ids, weights)
-    call = functools.partial(_ffi.call, implementation=implementation)
-
-    wire_slots = wire_keys = wire_source = None
-    if axis_name:
-        wire_keys = _first_of_each_rank(expert_ids, num_experts, local_experts)
-        wire_slots, wire_source, _, _ = call(
-            ASSIGN_SLOTS, wire_keys, num_groups=ranks, rows=ranks * t, slabs=True, alignment=1
-        )
-        send = functools.partial(_send, wire_source, wire_slots, wire_keys, axis_name, ranks, implementation)
-        empty = (wire_source < 0)[:, None]
-        (ids,) = call(GATHER_ROWS, expert_ids, wire_source, _none(weights), top_k=k, weighted=False)
-        first_expert = jnp.repeat(jnp.arange(ranks, dtype=jnp.int32) * local_experts, t)[:, None]
-        expert_ids = _exchange(jnp.where(empty, -1, ids - first_expert), axis_name, ranks)
-        x, weights = send(x), send(weights)
-    slots, source, group_sizes, dropped = call(
-        ASSIGN_SLOTS, expert_ids, num_groups=local_experts, rows=rows, slabs=False, alignment=expert_alignment
+    sizes.require(
+        num_experts % math.prod(ranks) == 0, f"the {math.prod(ranks)} ranks must divide num_experts={num_experts}"
     )
-    keys = jnp.where(slots < 0, -1, expert_ids)
-    received = _permute(x, source, slots, keys, local_experts, implementation)
-    return received, Handle(
+    sizes.require_size("expert_alignment", expert_alignment)
+    sizes.require(layout == "expert" or expert_alignment == 1, "expert_alignment needs layout 'expert'")
+    if layout == "rank":
+        sizes.require(capacity is None, "layout 'rank' is what crosses: wire_capacity bounds it, not capacity")
+        axes, ranks = axes or [None], ranks or [1]
+    transports = _per_level(sizes, "transport", transport, len(axes))
+    wire_capacities = _per_level(sizes, "wire_capacity", wire_capacity, len(axes))
+    for name, size in (("capacity", capacity), *(("wire_capacity", rows) for rows in wire_capacities)):
+        if size is not None:
+            sizes.require_size(name, size)
+    *x, expert_ids, weights = _ffi.align(*x, expert_ids, weights)
+    token_ids, token_weights = expert_ids, weights
+
+    # The way of each token: one level after the other, then to the rows of its experts. Several levels leave the tokens
+    # in another order than one, so each carries its place in that.
+    if len(axes) > 1:
+        here = jax.lax.axis_index(tuple(jax.tree.leaves(axes)))
+        place = here * t + jnp.arange(t, dtype=jnp.int32)[:, None]
+    local_experts, levels, lost = num_experts, [], None
+    for axis, size, rows, transport in zip(axes, ranks, wire_capacities, transports, strict=True):
+        local_experts //= size
+        transport = _choose_transport(sizes, transport, axis, rows, layout)
+        level = _make_level(expert_ids, local_experts, size, axis, rows, transport, layout == "rank", implementation)
+        lost = _count_lost(level, expert_ids, rows is not None, lost, local_experts)
+        first_expert = (jax.lax.axis_index(axis) if axis else 0) * local_experts
+        expert_ids = _forward(level, [expert_ids + 1], implementation)[0] - 1 - first_expert  # no row: 0 - 1
+        expert_ids = jnp.where((expert_ids >= 0) & (expert_ids < local_experts), expert_ids, -1)
+        if len(axes) > 1:
+            place = _forward(level, [place], implementation)[0]
+        levels.append(level)
+    static = _Static(local_experts, "float32", "float32", False, implementation)
+    weights = _spread(static, weights, None, (tuple(levels), None, None, None))
+    slots = source = None
+    if layout == "rank":
+        group_sizes, dropped = (
+            _exchange(levels[-1], levels[-1].sent),
+            jnp.zeros_like(expert_ids, shape=(local_experts,)),
+        )
+        weights = jnp.where(expert_ids < 0, 0, weights)
+    else:
+        rows = capacity or _worst_case(expert_ids.shape, local_experts, expert_alignment, layout)
+        order = jnp.argsort(place[:, 0], stable=True) if len(axes) > 1 else None
+        slots, source, group_sizes, dropped = _ffi.call(
+            ASSIGN_SLOTS,
+            expert_ids if order is None else expert_ids[order],
+            implementation=implementation,
+            num_groups=local_experts,
+            rows=rows * local_experts if layout == "masked" else rows,
+            slabs=layout == "masked",
+            alignment=expert_alignment,
+        )
+        if order is not None:
+            slots = slots.at[order].set(slots, unique_indices=True)
+            source = jnp.where(source < 0, -1, order[source // k] * k + source % k)
+    handle = Handle(
         group_sizes,
-        dropped,
+        dropped if lost is None else dropped + lost,
+        expert_ids,
         weights,
         slots,
-        keys,
         source,
-        wire_slots,
-        wire_keys,
-        wire_source,
-        axis_name,
+        token_ids,
+        token_weights,
+        tuple(levels),
+        layout,
+        num_experts,
         implementation,
     )
+    return _deliver(x, handle, scale_format if quantize else None, False), handle
 
 
-def combine(y: jax.Array, handle: Handle, *, weighted: bool = True) -> jax.Array:
+def combine(
+    y: jax.Array,
+    handle: Handle,
+    *,
+    weighted: bool | None = None,
+    bias: jax.Array | None = None,
+    reduction: Literal["rank", "expert"] = "rank",
+    out_dtype=None,
+    wire_dtype=None,
+) -> jax.Array:
     """Brings the experts' rows back: each token's sum over its experts, times its weights if `weighted`.
 
-    Shapes and dtypes: y float32 or bfloat16 [rows, h], rows as `dispatch` laid them out -> [t, h] in y's dtype. Sums
-        are float32 in the order that this module's first lines state, with one rounding at the end.
-    Sharding: as the dispatch that made the handle; ranks exchange float32 partial sums.
-    Gradient: to y and to the dispatch's weights; the gradient of combine is a weighted dispatch.
+    Shapes and dtypes: y float32 or bfloat16, as `dispatch` laid the rows out ([rows, h], or [local experts, rows, h]);
+        bias float32 or bfloat16 [t, h], or None, is added to the sum: a shared expert's output -> [t, h] in out_dtype,
+        float32 or bfloat16, by default y's. `weighted` is the default but for layout "rank", whose rows are the
+        caller's sums over the experts of this rank: they are added up as they are.
+    Units: sums are float32 and rounded once, to out_dtype. reduction="rank": each rank sums its own experts' rows, and
+        the ranks' sums, which cross in wire_dtype (None: float32, or y's dtype with layout "rank"), are summed at the
+        token, both along the tree that this module's first lines state. wire_dtype=bfloat16 moves half the bytes and
+        rounds once more a level. reduction="expert": every expert's row crosses in y's dtype, top_k times as many, and
+        is summed at the token along the same tree: the same bits on any number of ranks.
+    Sharding: as the dispatch that made the handle; the way back is all_to_all, or ragged if the way there was.
+    Gradient: to y, bias and the dispatch's weights; the gradient of combine is a weighted `replay`.
     Implementations: cpu, xla; the one that dispatch ran.
-    Errors: TypeError for a dtype, ValueError for another number of rows than the dispatch had.
-    Source: DeepSeek-V3 report, section 3.2.2; DeepEP's `combine`.
+    Errors: TypeError for a dtype, ValueError for other rows than the dispatch had, an unknown reduction, or weights or
+        experts' rows asked of layout "rank".
+    Source: DeepSeek-V3 report, section 3.2; DeepEP's `combine`.
     """
-    sizes = Sizes("combine", rows=handle.source.shape[0])
-    y = sizes.check("y", y, FLOATS, "rows h")
-    weights = handle.weights if weighted else jnp.ones_like(handle.weights)
-    local_experts = handle.group_sizes.shape[0]
-    out_dtype = jnp.float32 if handle.axis_name else y.dtype
-    reduce = functools.partial(_reduce, implementation=handle.implementation)
-    out = reduce(y, handle.slots, handle.keys, weights, handle.source, local_experts, out_dtype)
-    if handle.axis_name:
-        ranks = jax.lax.axis_size(handle.axis_name)
-        partial_sums = _exchange(out, handle.axis_name, ranks)
-        ones = jnp.ones_like(handle.wire_slots, jnp.float32)
-        out = reduce(partial_sums, handle.wire_slots, handle.wire_keys, ones, handle.wire_source, ranks, y.dtype)
-    return out
+    rank_layout = handle.layout == "rank"
+    sizes, dims = _sizes_of(handle, "combine")
+    y = sizes.check("y", y, FLOATS, dims)
+    weighted = not rank_layout if weighted is None else weighted
+    sizes.require(not (rank_layout and weighted), "the rows of layout 'rank' are sums already, weighted must be False")
+    sizes.require(reduction in REDUCTIONS, f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    sizes.require(not (rank_layout and reduction == "expert"), "layout 'rank' has no rows of experts to sum")
+    dtypes = [y.dtype, y.dtype if rank_layout else np.dtype(np.float32)]
+    for i, (name, dtype) in enumerate((("out_dtype", out_dtype), ("wire_dtype", wire_dtype))):
+        dtypes[i] = dtypes[i] if dtype is None else np.dtype(dtype)
+        sizes.require(dtypes[i] in FLOATS, f"{name} must be float32 or bfloat16, got {dtypes[i]}", TypeError)
+    sizes.known["t"] = handle.token_ids.shape[0]
+    bias = _none(handle.token_weights) if bias is None else sizes.check("bias", bias, FLOATS, "t h")
+    y = y.reshape(-1, y.shape[-1])
+    index = _index(handle)
+    weights, experts = handle.weights, _local_experts(handle)
+    if reduction == "expert" and handle.levels:
+        y, weights, experts = _rows_at_tokens(y, handle), handle.token_weights, handle.num_experts
+        index = _index_at_tokens(handle)
+    static = _Static(experts, dtypes[0].name, dtypes[1].name, weighted, handle.implementation)
+    return _collect(static, y, weights, bias, index)
 
 
-def _first_of_each_rank(expert_ids, num_experts, local_experts):
-    """The rank of each choice, -1 where an earlier choice of the same token already goes there."""
-    valid = (expert_ids >= 0) & (expert_ids < num_experts)
+def replay(
+    x: jax.Array | ScaledArray,
+    handle: Handle,
+    *,
+    weighted: bool = False,
+    quantize: Literal["fp8"] | None = None,
+    scale_format: ScaleFormat = "float32",
+) -> jax.Array | ScaledArray:
+    """Dispatches other rows of the same tokens along a handle: no routing, the rows land where the first ones did.
+
+    Shapes and dtypes: x as in `dispatch` -> received, as there. With `weighted` each expert's row is times its weight,
+        rounded once: the gradient of `combine`.
+    Sharding: as the dispatch that made the handle.
+    Gradient: to x, where it is not quantised, and to the weights if they count.
+    Implementations: cpu, xla; the one that dispatch ran.
+    Errors: as `dispatch`; ValueError for weights with layout "rank" or quantised rows.
+    Source: DeepEP's `dispatch` with a handle.
+    """
+    sizes = Sizes("replay", t=handle.token_ids.shape[0])
+    x = _rows(sizes, x)
+    _check_names(sizes, handle.layout, quantize, scale_format)
+    plain = handle.layout != "rank" and quantize is None and len(x) == 1
+    sizes.require(plain or not weighted, "weighted needs rows of experts that are not quantised")
+    return _deliver(x, handle, scale_format if quantize else None, weighted)
+
+
+def _rows(sizes, x):
+    """What travels of x: itself, or its values and scales."""
+    if isinstance(x, ScaledArray):
+        sizes.require(x.block_shape == (1, 128), f"x must have blocks (1, 128), got {x.block_shape}")
+        return list(check_scaled(sizes, "x", x.values, x.scales, x.block_shape, "t h"))
+    return [sizes.check("x", x, FLOATS, "t h")]
+
+
+def _check_names(sizes, layout, quantize, scale_format):
+    sizes.require(layout in LAYOUTS, f"layout must be one of {LAYOUTS}, got {layout!r}")
+    sizes.require(quantize in (None, "fp8"), f"quantize must be None or 'fp8', got {quantize!r}")
+    check_scale_format(sizes, scale_format)
+
+
+def _levels(axis_name) -> list:
+    if axis_name is None or axis_name == ():
+        return []
+    return list(axis_name) if isinstance(axis_name, tuple) else [axis_name]
+
+
+def _per_level(sizes, name, value, levels):
+    values = value if isinstance(value, tuple) else (value,) * levels
+    sizes.require(len(values) == levels, f"{name} must be one for each of {levels} levels, got {value}")
+    return values
+
+
+def _choose_transport(sizes, transport, axis, rows, layout):
+    allowed = transport is None or transport in TRANSPORTS
+    sizes.require(allowed, f"transport must be None or one of {TRANSPORTS}, got {transport!r}")
+    if transport == "gather" and layout != "rank":
+        sizes.require(rows is None, "transport 'gather' has no slabs that wire_capacity could bound")
+    if axis is None:
+        return "all_to_all"  # with itself
+    return transport or ("gather" if rows is None else "all_to_all")
+
+
+def _worst_case(shape, local_experts, alignment, layout):
+    n, k = shape
+    if layout == "masked":
+        return n
+    worst = n * min(k, local_experts)
+    if alignment > 1:
+        worst = _ceil_to(worst + min(local_experts, worst) * (alignment - 1), alignment)
+    return worst
+
+
+def _sizes_of(handle, op):
+    rows = handle.levels[-1].source.shape[0] if handle.layout == "rank" else handle.source.shape[0]
+    if handle.layout == "masked":
+        experts = handle.group_sizes.shape[0]
+        return Sizes(op, experts=experts, rows=rows // experts), "experts rows h"
+    return Sizes(op, rows=rows), "rows h"
+
+
+def _local_experts(handle) -> int:
+    return handle.num_experts // math.prod(level.size for level in handle.levels)
+
+
+# The way across one mesh axis
+
+
+def _make_level(expert_ids, local_experts, size, axis, rows, transport, exact, implementation) -> Level:
+    """`exact`: what arrives is slabs, whatever the transport."""
+    t, k = expert_ids.shape
+    valid = (expert_ids >= 0) & (expert_ids < size * local_experts)
     ranks = jnp.where(valid, expert_ids // local_experts, -1)
-    earlier = np.tri(expert_ids.shape[1], k=-1, dtype=bool)  # [choice, earlier choice]
+    earlier = np.tri(k, k=-1, dtype=bool)  # [choice, earlier choice]
     repeated = ((ranks[:, :, None] == ranks[:, None, :]) & earlier).any(-1)
-    return jnp.where(repeated, -1, ranks)
+    keys = jnp.where(repeated, -1, ranks)
+    token = jnp.arange(t, dtype=jnp.int32)[:, None]
+    if transport == "gather" and not exact:
+        slots = jnp.where(keys < 0, -1, keys * t + token)
+        return Level(ranks, slots, keys, None, jnp.full_like(keys, t, shape=(size,)), None, axis, transport)
+    rows = t if rows is None else rows
+    slots, source, sent, _ = _ffi.call(
+        ASSIGN_SLOTS, keys, implementation=implementation, num_groups=size, rows=size * rows, slabs=True, alignment=1
+    )
+    level = Level(ranks, slots, jnp.where(slots < 0, -1, keys), source, sent, None, axis, transport)
+    if transport == "gather":
+        arriving = _exchange(level, source)
+        first_token = jnp.repeat(jnp.arange(size, dtype=jnp.int32) * t, rows, total_repeat_length=size * rows)
+        level = dataclasses.replace(level, select=jnp.where(arriving < 0, -1, first_token + arriving // k))
+    return level
 
 
-def _send(source, slots, keys, axis_name, ranks, implementation, x):
-    return _exchange(_permute(x, source, slots, keys, ranks, implementation), axis_name, ranks)
+def _slot_of_choice(level):
+    """int32 [t, k]: the slab row by which the token reached the rank of each choice, not only of the first there."""
+    same = (level.ranks[:, :, None] == level.keys[:, None, :]) & (level.keys[:, None, :] >= 0)
+    return jnp.where(same, level.slots[:, None, :], -1).max(-1)
 
 
-def _exchange(slabs, axis_name, ranks):
-    """[ranks * t, ...] -> the same, slab i of this rank going to rank i as its slab of this rank."""
-    shape = slabs.shape
-    slabs = slabs.reshape(ranks, shape[0] // ranks, *shape[1:])
-    return jax.lax.all_to_all(slabs, axis_name, split_axis=0, concat_axis=0).reshape(shape)
+def _count_lost(level, expert_ids, bounded, lost, local_experts):
+    """int32 [local experts]: the assignments that this level or one before had no room for; None if that cannot be."""
+    if not bounded and lost is None:
+        return None
+    experts = level.size * local_experts
+    here = jnp.where((_slot_of_choice(level) < 0) & (level.ranks >= 0), expert_ids, experts)
+    counts = jnp.zeros_like(here, shape=(experts,)).at[here.reshape(-1)].add(1, mode="drop")
+    counts = counts if lost is None else counts + lost
+    return _exchange(dataclasses.replace(level, transport="all_to_all"), counts).reshape(-1, local_experts).sum(0)
 
 
-def _permute(x, source, slots, keys, num_keys, implementation):
-    """Rows of x by `source`; `slots` is the inverse map, which the gradient sums along."""
+def _forward(level, arrays, implementation, scale_format=None):
+    """Rows [t, ...] -> those that arrive at this rank. With a scale_format, one array becomes its values and scales."""
+    if level.transport != "gather":
+        return [_exchange(level, a) for a in _take(arrays, level.source, level.slots, implementation, scale_format)]
+    if scale_format:
+        scaled = quantize_rows(arrays[0], scale_format=scale_format, implementation=implementation)
+        arrays = [scaled.values, scaled.scales]
+    arrays = [_as_integers(lambda a: jax.lax.all_gather(a, level.axis_name, tiled=True), a) for a in arrays]
+    if level.select is not None:
+        arrays = _take(arrays, level.select, level.select[:, None], implementation)
+    return arrays
+
+
+def _take(arrays, source, slots, implementation, scale_format=None):
+    """Rows by `source`: token * k + choice, with slots [t, k]."""
+    call, k = functools.partial(_ffi.call, implementation=implementation), slots.shape[1]
+    if scale_format:
+        return call(GATHER_QUANTIZE_ROWS, arrays[0], source, slots, top_k=k, scale_format=scale_format)
+    return [call(GATHER_ROWS, a, source, _none(source, jnp.float32), top_k=k, weighted=False)[0] for a in arrays]
+
+
+def _exchange(level, x, back=False):
+    """[ranks * rows, ...] -> the same, share i of this rank going to rank i as its share of this rank."""
+    if level.axis_name is None:
+        return x
+    if level.transport == "ragged" and x.ndim > 1:
+        return _as_integers(functools.partial(_exchange_ragged, level, back), x)
+
+    def exchange(x):
+        slabs = x.reshape(level.size, x.shape[0] // level.size, *x.shape[1:])
+        return jax.lax.all_to_all(slabs, level.axis_name, split_axis=0, concat_axis=0).reshape(x.shape)
+
+    return _as_integers(exchange, x)
+
+
+def _exchange_ragged(level, back, x):
+    sent = _ffi.only_on(("cuda", "rocm", "tpu"), level.sent, "dispatch: transport 'ragged' does not run on a CPU")
+    received = _exchange(level, sent)
+    rows, me = x.shape[0] // level.size, jax.lax.axis_index(level.axis_name)
+    starts = jnp.arange(level.size, dtype=jnp.int32) * rows
+    sizes = (received, sent) if back else (sent, received)
+    starts, mine, *sizes = _ffi.align(starts, jnp.full(level.size, me * rows, jnp.int32), *sizes)
+    return jax.lax.ragged_all_to_all(x, jnp.zeros_like(x), starts, sizes[0], mine, sizes[1], axis_name=level.axis_name)
+
+
+def _as_integers(move, x):
+    """Moves narrow floats as integers: XLA:CPU widens bfloat16 before a collective, and not all know 8-bit floats."""
+    if x.dtype.itemsize > 2:
+        return move(x)
+    integers = {1: jnp.uint8, 2: jnp.uint16}[x.dtype.itemsize]
+    return jax.lax.bitcast_convert_type(move(jax.lax.bitcast_convert_type(x, integers)), x.dtype)
+
+
+# The way to the experts and back. Each is the other's gradient.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    experts: int  # whose rows are summed
+    out_dtype: str
+    wire_dtype: str
+    weighted: bool
+    implementation: str | None
+
+
+def _index(handle):
+    """What the ways follow: (levels, slots, keys, source); no slots where rows are not sorted by expert."""
+    if handle.slots is None:
+        return handle.levels, None, None, None
+    keys = jnp.where(handle.slots < 0, -1, handle.expert_ids)
+    return handle.levels, handle.slots, keys, handle.source
+
+
+def _deliver(x, handle, scale_format, weighted):
+    implementation = handle.implementation
+    index = levels, slots, _, source = _index(handle)
+    if len(x) == 1 and not scale_format:
+        static = _Static(_local_experts(handle), x[0].dtype.name, "float32", weighted, implementation)
+        arrays = [_spread(static, x[0], handle.weights if weighted else None, index)]
+    else:
+        arrays = x
+        for level in levels:
+            arrays = _forward(level, arrays, implementation, scale_format if len(arrays) == 1 else None)
+        if slots is not None:
+            arrays = _take(arrays, source, slots, implementation, scale_format if len(arrays) == 1 else None)
+    if handle.layout == "masked":
+        experts = handle.group_sizes.shape[0]
+        arrays = [a.reshape(experts, a.shape[0] // experts, a.shape[1]) for a in arrays]
+    return arrays[0] if len(arrays) == 1 else ScaledArray(*arrays)
+
+
+def _spread(static, x, weights, index):
+    """Rows of x [t, h] to where `index` says, times weights [n, k] if there are any."""
 
     @jax.custom_vjp
-    def permute(x, source, slots, keys):
-        weights = _none(slots, jnp.float32)
+    def spread(x, weights, index):
+        return _spread_rows(static, _arrive(static, x, index), weights, index)
+
+    def forward(x, weights, index):
+        arrived = _arrive(static, x, index)
+        return _spread_rows(static, arrived, weights, index), (arrived if static.weighted else None, weights, index)
+
+    def backward(saved, g):
+        arrived, weights, index = saved
+        d_x = _collect_rows(static, g, weights, None, index)
+        if not static.weighted:
+            return d_x, None, None
+        (d_weights,) = _ffi.call(DOT_ROWS, g, index[1], arrived, implementation=static.implementation)
+        return d_x, d_weights, None
+
+    spread.defvjp(forward, backward)
+    return spread(*_aligned(x, weights, index))
+
+
+def _collect(static, y, weights, bias, index):
+    """The sums [t, h] of the rows y that `index` tells, times weights [n, k] if they count, plus bias [t, h] if any."""
+
+    @jax.custom_vjp
+    def collect(y, weights, bias, index):
+        return _collect_rows(static, y, weights if static.weighted else None, bias, index)
+
+    def forward(y, weights, bias, index):
+        return collect(y, weights, bias, index), (y, weights, bias, index)
+
+    def backward(saved, g):
+        y, weights, bias, index = saved
+        arrived = _arrive(static, g, index)
+        d_y = _spread_rows(static, arrived, weights if static.weighted else None, index).astype(y.dtype)
+        d_weights = None
+        if static.weighted:
+            (d_weights,) = _ffi.call(DOT_ROWS, y, index[1], arrived, implementation=static.implementation)
+        return d_y, d_weights, g.astype(bias.dtype) if bias.size else None, None
+
+    collect.defvjp(forward, backward)
+    return collect(*_aligned(y, weights, bias, index))
+
+
+def _arrive(static, x, index):
+    for level in index[0]:
+        (x,) = _forward(level, [x], static.implementation)
+    return x
+
+
+def _spread_rows(static, arrived, weights, index):
+    _, slots, _, source = index
+    if slots is None:
+        return arrived
+    weighted = weights is not None
+    weights = weights if weighted else _none(source, jnp.float32)
+    call = functools.partial(_ffi.call, implementation=static.implementation)
+    return call(GATHER_ROWS, arrived, source, weights, top_k=slots.shape[1], weighted=weighted)[0]
+
+
+def _collect_rows(static, y, weights, bias, index):
+    levels, slots, keys, _ = index
+    bias = _none(y) if bias is None else bias
+
+    def total(rows, slots, keys, weights, experts, last):
+        weights = jnp.ones_like(slots, jnp.float32) if weights is None else weights
         return _ffi.call(
-            GATHER_ROWS, x, source, weights, implementation=implementation, top_k=slots.shape[1], weighted=False
+            SUM_ROWS,
+            rows,
+            slots,
+            keys,
+            weights,
+            bias if last else _none(bias),
+            implementation=static.implementation,
+            num_keys=experts,
+            out_dtype=static.out_dtype if last else static.wire_dtype,
         )[0]
 
-    def forward(x, source, slots, keys):
-        return permute(x, source, slots, keys), (source, slots, keys)
-
-    def backward(saved, g):
-        source, slots, keys = saved
-        ones = jnp.ones_like(slots, jnp.float32)
-        return _reduce(g, slots, keys, ones, source, num_keys, g.dtype, implementation), None, None, None
-
-    permute.defvjp(forward, backward)
-    return permute(*_ffi.align(x, source, slots, keys))
+    y = y.astype(static.wire_dtype) if slots is None else total(y, slots, keys, weights, static.experts, not levels)
+    for i, level in reversed(list(enumerate(levels))):
+        y = total(_exchange(level, y, back=True), level.slots, level.keys, None, level.size, i == 0)
+    return y
 
 
-def _reduce(rows, slots, keys, weights, source, num_keys, out_dtype, implementation):
-    """Sums of weights[t, j] * rows[slots[t, j]] over j, as a tree over the keys."""
-    call = functools.partial(_ffi.call, implementation=implementation)
+def _rows_at_tokens(y, handle):
+    """Every expert's row, back at its token: [t * k, h]."""
+    implementation = handle.implementation
+    rows = _move(y, handle.slots.reshape(-1), handle.source, implementation)
+    for level in reversed(handle.levels):
+        t, k = level.slots.shape
+        # A slab row carries the rows of all k choices of its token.
+        rows = rows.reshape(-1, k * rows.shape[-1])
+        rows = _return(level, rows).reshape(-1, rows.shape[-1] // k)
+        slots = _slot_of_choice(level)
+        there = jnp.where(slots < 0, -1, slots * k + np.arange(k, dtype=np.int32)).reshape(-1)
+        back = jnp.full_like(there, -1, shape=(rows.shape[0],))
+        back = back.at[jnp.where(there < 0, rows.shape[0], there)].set(jnp.arange(t * k, dtype=jnp.int32), mode="drop")
+        rows = _move(rows, there, back, implementation)
+    return rows
+
+
+def _return(level, rows):
+    @jax.custom_vjp
+    def back(rows):
+        return _exchange(level, rows, back=True)
+
+    back.defvjp(lambda rows: (back(rows), None), lambda _, g: (_exchange(level, g),))
+    return back(rows)
+
+
+def _index_at_tokens(handle):
+    ids = handle.token_ids
+    valid = (ids >= 0) & (ids < handle.num_experts)
+    slots = jnp.where(valid, jnp.arange(ids.size, dtype=jnp.int32).reshape(ids.shape), -1)
+    return (), slots, jnp.where(valid, ids, -1), slots.reshape(-1)
+
+
+def _move(x, source, back, implementation):
+    """Row source[i] of x as row i, each row going to one place at most; `back` is the inverse."""
 
     @jax.custom_vjp
-    def reduce(rows, weights, slots, keys, source):
-        return call(SUM_ROWS, rows, slots, keys, weights, num_keys=num_keys, out_dtype=np.dtype(out_dtype).name)[0]
+    def move(x, source, back):
+        return _take([x], source, source[:, None], implementation)[0]
 
-    def forward(rows, weights, slots, keys, source):
-        return reduce(rows, weights, slots, keys, source), (rows, weights, slots, source)
+    def forward(x, source, back):
+        return move(x, source, back), (source, back)
 
     def backward(saved, g):
-        rows, weights, slots, source = saved
-        (d_rows,) = call(GATHER_ROWS, g, source, weights, top_k=slots.shape[1], weighted=True)
-        (d_weights,) = call(DOT_ROWS, rows, slots, g)
-        return d_rows.astype(rows.dtype), d_weights, None, None, None
+        source, back = saved
+        return _take([g], back, back[:, None], implementation)[0], None, None
 
-    reduce.defvjp(forward, backward)
-    rows, weights, slots, keys, source = _ffi.align(rows, weights, slots, keys, source)
-    return reduce(rows, weights, slots, keys, source)
+    move.defvjp(forward, backward)
+    return move(*_ffi.align(x, source, back))
+
+
+def _aligned(*trees):
+    leaves, tree = jax.tree.flatten(trees)
+    return tree.unflatten(_ffi.align(*leaves))
 
 
 def _none(like, dtype=None):
@@ -320,12 +736,25 @@ GATHER_ROWS = _ffi.Op(
     part_of="dispatch, combine",
 )
 
-# rows [c, h], slots and keys int32 [t, k], weights float32 [t, k] -> [t, h].
+# x [t, h] float32 or bfloat16, source int32 [rows], slots int32 [t, k] -> values float8_e4m3fn [rows, h], scales
+# [rows, ceil(h / 128)]: gather_rows of x, quantised. slots, the inverse of source, changes nothing but the speed.
+GATHER_QUANTIZE_ROWS = _ffi.Op(
+    "gather_quantize_rows",
+    lambda x, source, slots, *, scale_format, **_: scaled(
+        source.shape[0], x.shape[1], block_shape=(1, 128), scale_format=scale_format
+    ),
+    reference.gather_quantize_rows,
+    part_of="dispatch",
+)
+
+# rows [c, h], slots and keys int32 [t, k], weights float32 [t, k], bias [t, h] or [0, 0] for none -> [t, h]: the sum
+# along the tree over keys [0, num_keys), plus the bias, in float32.
 SUM_ROWS = _ffi.Op(
     "sum_rows",
-    lambda rows, slots, keys, weights, *, out_dtype, **_: [((slots.shape[0], rows.shape[1]), out_dtype)],
+    lambda rows, slots, keys, weights, bias, *, out_dtype, **_: [((slots.shape[0], rows.shape[1]), out_dtype)],
     reference.sum_rows,
     part_of="dispatch, combine",
+    cpu=2,
 )
 
 # rows [c, h], slots int32 [t, k], x [t, h] -> float32 [t, k]: the dot product of x[t] with rows[slots[t, j]].

@@ -240,7 +240,7 @@ def _check_block_shape(sizes: Sizes, block_shape):
     sizes.require(allowed, f"block_shape must be one of {BLOCK_SHAPES}, got {tuple(block_shape)}")
 
 
-def _scaled(*shape, block_shape, scale_format):
+def scaled(*shape, block_shape, scale_format):
     """Shapes and dtypes of values and scales."""
     *batch, m, k = shape
     scale_dtype = jnp.float8_e8m0fnu if scale_format == "ue8m0" else jnp.float32
@@ -250,7 +250,7 @@ def _scaled(*shape, block_shape, scale_format):
 
 def _swiglu_quantize_results(gate, up, weights, *, paired, scale_format, **_):
     b, m, width = gate.shape
-    return _scaled(b, m, width if paired else width // 2, block_shape=(1, 128), scale_format=scale_format)
+    return scaled(b, m, width if paired else width // 2, block_shape=(1, 128), scale_format=scale_format)
 
 
 def _fold_batch(size, arrays, is_batched, **params):
@@ -267,7 +267,7 @@ def _hopper_quantize_layouts(*, block_shape, **_):
 
 QUANTIZE = _ffi.Op(
     "quantize",
-    lambda x, **params: _scaled(*x.shape, **params),
+    lambda x, **params: scaled(*x.shape, **params),
     reference.quantize,
     batch=_fold_batch,
     hopper=_ffi.Kernel(layouts=_hopper_quantize_layouts, attributes=("block_shape", "scale_format")),
@@ -280,7 +280,7 @@ DEQUANTIZE = _ffi.Op(
 )
 QUANTIZE_ALONG_TOKENS = _ffi.Op(
     "quantize_along_tokens",
-    lambda x, group_sizes, *, tokens, scale_format, **_: _scaled(
+    lambda x, group_sizes, *, tokens, scale_format, **_: scaled(
         x.shape[1], tokens, block_shape=(1, TOKEN_BLOCK), scale_format=scale_format
     ),
     reference.quantize_along_tokens,

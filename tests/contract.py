@@ -113,6 +113,16 @@ def _dispatch(x, expert_ids, weights, axis_name=None, **kwargs):
     return received, handle.group_sizes, handle.dropped
 
 
+def _dispatch_fp8(*arrays, **kwargs):
+    received, *counts = _dispatch(*arrays, quantize="fp8", **kwargs)
+    return received.values, received.scales, *counts
+
+
+def _replay(x, expert_ids, weights, **kwargs):
+    _, handle = jaxkern.dispatch(0 * x, expert_ids, weights, num_experts=8, layout="masked", **kwargs)
+    return jaxkern.replay(x, handle, weighted=True)
+
+
 def _in_parts(call, *axes, out_axis=0):
     """`call` on each device's part by itself: operands split along their axes, whole where that is None."""
 
@@ -124,10 +134,15 @@ def _in_parts(call, *axes, out_axis=0):
     return in_parts
 
 
-def _combine(x, expert_ids, weights, axis_name=None, **kwargs):
+def _combine(x, expert_ids, weights, axis_name=None, back=None, **kwargs):
     """An expert that squares its rows, so that the gradients of dispatch, expert and combine all count."""
     received, handle = jaxkern.dispatch(x, expert_ids, weights, num_experts=8, axis_name=axis_name, **kwargs)
-    return jaxkern.combine(received * received, handle)
+    return jaxkern.combine(received * received, handle, **back or {})
+
+
+def _combine_by_expert(x, expert_ids, weights, bias, **kwargs):
+    how = {"layout": "masked", "transport": "all_to_all"} if "axis_name" in kwargs else {"layout": "masked"}
+    return _combine(x, expert_ids, weights, back={"bias": bias, "reduction": "expert"}, **how, **kwargs)
 
 
 def _gemm_fp8(a, a_scales, b, b_scales, **kwargs):
@@ -588,6 +603,44 @@ CASES = [
         symbolic=("t, 24", "t, 3", "t, 3"),
         primitive="jaxkern_sum_rows",
         sharded_call=lambda *arrays, **kwargs: _combine(*arrays, axis_name="x", **kwargs),
+    ),
+    Case(
+        "combine",
+        _combine_by_expert,
+        _MOE | {"bias": normal(16, 24, seed=1)},
+        specs=(ROWS, ROWS, ROWS, ROWS),
+        out_specs=ROWS,
+        grad=("x", "weights", "bias"),
+        symbolic=("t, 24", "t, 3", "t, 3", "t, 24"),
+        mismatch=(("bias", 0), ("bias", 1)),
+        primitive="jaxkern_sum_rows",
+        sharded_call=lambda *arrays, **kwargs: _combine_by_expert(*arrays, axis_name="x", **kwargs),
+        variant="expert",
+    ),
+    Case(
+        "dispatch",
+        _dispatch_fp8,
+        _MOE,
+        specs=(ROWS, ROWS, ROWS),
+        out_specs=(ROWS, ROWS, ROWS, ROWS),
+        unsharded_call=_in_parts(_dispatch_fp8, 0, 0, 0),
+        symbolic=("t, 24", "t, 3", "t, 3"),
+        primitive="jaxkern_gather_quantize_rows",
+        exact=True,
+        variant="fp8",
+    ),
+    Case(
+        "replay",
+        _replay,
+        _MOE,
+        specs=(ROWS, ROWS, ROWS),
+        out_specs=ROWS,
+        unsharded_call=_in_parts(_replay, 0, 0, 0),
+        grad=("x", "weights"),
+        symbolic=("t, 24", "t, 3", "t, 3"),
+        primitive="jaxkern_gather_rows",
+        exact=True,
+        variant="masked",
     ),
 ]
 

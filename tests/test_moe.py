@@ -268,24 +268,6 @@ def test_overflow_is_counted_where_the_experts_are():
     np.testing.assert_array_equal(y[:, 0], [1] * 10 + [0] * 6)
 
 
-def test_only_all_to_all_crosses_the_mesh():
-    """Forward: tokens, their ids and weights out, partial sums back; a token once for each rank."""
-    mesh = jax.make_mesh((4,), ("expert",))
-    split = jax.NamedSharding(mesh, P("expert"))
-    ids, weights = random_routing(16, 8, 2)
-    x = np.ones((16, 32), np.float32)
-    f = jax.shard_map(
-        lambda x, ids, weights: jaxkern.combine(*jaxkern.dispatch(x, ids, weights, num_experts=8, axis_name="expert")),
-        mesh=mesh,
-        in_specs=P("expert"),
-        out_specs=P("expert"),
-    )
-    text = jax.jit(f).lower(*[jax.device_put(a, split) for a in (x, ids, weights)]).compile().as_text()
-    assert sum(" all-to-all(" in line for line in text.splitlines()) == 4
-    for other in (" all-gather(", " all-reduce(", " collective-permute("):
-        assert other not in text
-
-
 def test_an_alignment_beyond_the_rows_drops_what_follows():
     ids = np.arange(4, dtype=np.int32)[:, None]
     options = {"num_experts": 4, "capacity": 8, "expert_alignment": 2**31 - 1}

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkern.reference.quantize import quantize
+
 
 def route(scores, bias, *, num_groups, topk_groups, top_k):
     """scores [t, e], bias [e] -> the ids of the chosen experts [t, top_k]."""
@@ -46,14 +48,22 @@ def gather_rows(x, source, weights, *, top_k, weighted):
     t, h = x.shape
     valid = (source >= 0) & (source < t * top_k)
     index = jnp.where(valid, source, t * top_k)
-    rows = jnp.take(x, index // top_k, axis=0, mode="fill", fill_value=0)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.itemsize == 1 else x  # e8m0 has no zero but these bits
+    rows = jnp.take(bits, index // top_k, axis=0, mode="fill", fill_value=0)
+    rows = jax.lax.bitcast_convert_type(rows, x.dtype) if x.dtype.itemsize == 1 else rows
     if weighted:
         scale = jnp.take(weights.reshape(-1), index, mode="fill", fill_value=0)
         rows = jnp.where(valid[:, None], rows.astype(jnp.float32) * scale[:, None], 0).astype(x.dtype)
     return (rows,)
 
 
-def sum_rows(rows, slots, keys, weights, *, num_keys, out_dtype):
+def gather_quantize_rows(x, source, slots, *, top_k, scale_format):
+    (rows,) = gather_rows(x, source, None, top_k=top_k, weighted=False)
+    values, scales = quantize(rows[None], block_shape=(1, 128), scale_format=scale_format)
+    return values[0], scales[0]
+
+
+def sum_rows(rows, slots, keys, weights, bias, *, num_keys, out_dtype):
     """A token's leaves, sorted by key, are joined at their k - 1 boundaries, deepest first: the tree over the keys."""
     c, k = rows.shape[0], slots.shape[1]
     valid = (slots >= 0) & (slots < c) & (keys >= 0) & (keys < num_keys)
@@ -74,7 +84,8 @@ def sum_rows(rows, slots, keys, weights, *, num_keys, out_dtype):
         total = jnp.take_along_axis(terms, into[:, :, None], 1) + jnp.take_along_axis(terms, right[:, :, None], 1)
         terms = jnp.where(((leaf == into) & joins)[:, :, None], total, terms)
         root = jnp.where((root == right) & joins, into, root)
-    return (terms[:, 0].astype(out_dtype),)
+    out = terms[:, 0] if bias.shape == (0, 0) else terms[:, 0] + bias.astype(jnp.float32)
+    return (out.astype(out_dtype),)
 
 
 def _tree_codes(num_keys):
