@@ -11,6 +11,7 @@ from jaxkern.mla import merge_attention, mla_decode, mla_prefill
 from jaxkern.moe import combine, dispatch, replay, route
 from jaxkern.paging import OutOfPages, PageAllocator
 from jaxkern.quantize import ScaledArray, dequantize, quantize, quantize_along_tokens, swiglu_quantize
+from jaxkern.sums import sum_in_order
 
 __version__ = "0.1.0"
 
@@ -37,5 +38,6 @@ __all__ = [
     "quantize_along_tokens",
     "replay",
     "route",
+    "sum_in_order",
     "swiglu_quantize",
 ]

@@ -22,6 +22,7 @@ from jaxkern import _ffi, reference
 from jaxkern._check import FLOATS, INT32, Sizes
 from jaxkern.quantize import ScaledArray, ScaleFormat, check_scale_format, check_scaled, scaled
 from jaxkern.quantize import quantize as quantize_rows
+from jaxkern.sums import sum_in_order
 
 MAX_TOP_K = 64  # what the kernels hold in registers and on the stack
 LAYOUTS = ("expert", "rank", "masked")
@@ -77,7 +78,7 @@ def route(
     )
     weights = jnp.take_along_axis(scores, expert_ids, axis=-1)
     if normalize:
-        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+        weights = weights / (sum_in_order(weights) + 1e-20)
     return expert_ids, weights * scale
 
 

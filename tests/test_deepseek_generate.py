@@ -136,7 +136,7 @@ def test_nothing_is_compiled_twice(model):
     run()
     _programs.cache_clear()
     run(seed=1)
-    prefill, decode = _programs(Program.of(model)[0], (64, False), 16)
+    prefill, decode = _programs(Program.of(model, inference=True)[0], (64, False), 16)
     assert _programs.cache_info().misses == 1  # the same functions
     run(seed=2)
     deepseek.generate(model, tokens(2, 12), max_new_tokens=4, temperature=0.9, page_size=16)
@@ -195,34 +195,42 @@ def test_a_step_copies_no_cache(model, packed):
     assert memory.alias_size_in_bytes >= size and memory.temp_size_in_bytes < size / 10
 
 
-def logits_of_steps(dtype=jnp.float32, **config):
-    """(lengths of prompts, seed of all rows but the first) -> logits [b, 1 + 20, vocab]: after each row's prompt, and
-    after each of the next tokens."""
+def logits_of_steps(dtype=jnp.float32, fp8=False, **config):
+    """(lengths of prompts, seeds of their tokens) -> logits [b, 1 + 20, vocab]: after each row's prompt, and after each
+    of the next tokens."""
     model = small_model(hidden_size=96, kv_lora_rank=64, **config)
-    model.dtype = np.dtype(dtype)
+    model.dtype, model.fp8 = np.dtype(dtype), fp8
     program, leaves = Program.of(model)
-    new, page_size, pages = 20, 16, 12
+    new, page_size, rows = 20, 16, program.rows
+    at = functools.partial(jnp.take_along_axis, axis=1)
 
     @jax.jit
-    @functools.partial(program.map, in_specs=(program.rows,) * 3, out_specs=program.rows)
-    def step_logits(parts, ids, lengths, table):
-        at = functools.partial(jnp.take_along_axis, axis=1)
-        x, rows, _ = parts["model"](ids[:, :-new], lengths, program.run)
-        logits = [head(parts, at(x, lengths[:, None, None] - 1), program.run)]
-        positions = jnp.arange(ids.shape[1] - new, dtype=jnp.int32)
+    @functools.partial(program.map, in_specs=(rows,) * 3, out_specs=(rows, rows))
+    def prefill(parts, ids, lengths, table):
+        x, rows_of_layers, _ = parts["model"](ids, lengths, program.run)
+        positions = jnp.arange(ids.shape[1], dtype=jnp.int32)
         positions = jnp.where(positions < lengths[:, None], positions, -1)
-        empty = jnp.zeros((pages, page_size, model.config.latent_width), dtype)
-        cache = [kv_cache.append(empty, r, table, positions) for r in rows]
-        for i in range(new):
-            token, seq_lens = at(ids, lengths[:, None] + i), lengths + i + 1
-            x, cache = parts["model"].decode(token, cache, table, seq_lens, lengths > 0, program.run)
-            logits.append(head(parts, x, program.run))
-        return jnp.concatenate(logits, axis=1)
+        empty = jnp.zeros((table.size, page_size, model.config.latent_width), dtype)
+        cache = [kv_cache.append(empty, r, table, positions) for r in rows_of_layers]
+        return head(parts, at(x, lengths[:, None, None] - 1), program.run), cache
 
-    def run(lengths, others=1):
-        table, _ = reserve_pages(np.array(lengths) + new, 3, page_size, devices=1)
-        ids = np.concatenate([tokens(1, 40), tokens(len(lengths) - 1, 40, seed=others)])
-        return np.asarray(step_logits(leaves, ids, np.array(lengths, np.int32), table))
+    @jax.jit
+    @functools.partial(program.map, in_specs=(rows,) * 4, out_specs=(rows, rows))
+    def decode(parts, token, cache, table, seq_lens):
+        x, cache = parts["model"].decode(token, cache, table, seq_lens, seq_lens > 0, program.run)
+        return head(parts, x, program.run), cache
+
+    def run(lengths, seeds):
+        lengths = np.array(lengths, np.int32)
+        table, _ = reserve_pages(lengths + new, 3, page_size, devices=1)
+        ids = np.stack([tokens(40, seed=seed) for seed in seeds])
+        step, cache = prefill(leaves, ids[:, :-new], lengths, table)
+        steps = [step]
+        for i in range(new):
+            token = np.take_along_axis(ids, lengths[:, None] + i, axis=1)
+            step, cache = decode(leaves, token, cache, table, lengths + i + 1)
+            steps.append(step)
+        return np.concatenate(steps, axis=1)
 
     return run
 
@@ -230,25 +238,28 @@ def logits_of_steps(dtype=jnp.float32, **config):
 def test_a_row_has_the_same_bits_whatever_the_others_are():
     """Of layers without experts: how many rows an expert gets depends on the others, and with it the order of sums."""
     run = logits_of_steps(first_k_dense_replace=2)
-    first = run([20, 20, 20, 20])
+    first = run([20, 20, 20, 20], [0, 1, 2, 3])
     assert first.shape == (4, 21, 64) and (first[0, 0] != first[1, 0]).any()
-    for other in (run([20, 20, 20, 20], 2), run([20, 13, 1, 20]), run([20, 4, 20, 7], 2)):
-        np.testing.assert_array_equal(other[0], first[0])
+    others = ([20, 20, 20, 20], [0, 4, 5, 6]), ([20, 13, 1, 20], [0, 1, 2, 3]), ([20, 4, 20, 7], [0, 4, 5, 6])
+    for lengths, seeds in others:
+        np.testing.assert_array_equal(run(lengths, seeds)[0], first[0])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_row_has_the_same_bits_whatever_its_experts_get(dtype):
+@pytest.mark.parametrize("dtype, fp8", [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+def test_a_prompt_has_the_same_bits_alone_and_in_a_batch(dtype, fp8):
     """In a process whose products have one order of sums for any number of rows."""
     code = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r}); "
-    code += f"import test_deepseek_generate as t; t.check_batch_invariance({dtype!r})"
+    code += f"import test_deepseek_generate as t; t.check_batch_invariance({dtype!r}, {fp8})"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "JAXKERN_BATCH_INVARIANT": "1"})
 
 
-def check_batch_invariance(dtype):
-    run = logits_of_steps(dtype)
-    alone = run([20, 1, 1, 1])
-    for others in (run([20, 20, 20, 20]), run([20, 13, 1, 20], 2), run([20, 4, 20, 7], 3)):
-        np.testing.assert_array_equal(others[0], alone[0])
+def check_batch_invariance(dtype, fp8):
+    run = logits_of_steps(dtype, fp8)
+    lengths = np.array([20, 13, 1, 7, 20, 2, 16, 19])
+    alone = [run([length], [seed])[0] for seed, length in enumerate(lengths)]
+    for batch in ([1, 0], [4, 5, 2], [3, 0, 2, 1], [6, 4, 7, 1, 3, 0, 2, 5]):
+        for row, logits in zip(batch, run(lengths[batch], batch), strict=True):
+            np.testing.assert_array_equal(logits, alone[row], f"row {row} of {batch}")
 
 
 def test_progress(model, capsys):

@@ -66,7 +66,7 @@ def generate(
     sampling = (None if temperature == 0 else min(top_k or vocab, vocab), top_p is not None)
     scalars = (np.uint32(seed & 0xFFFFFFFF), np.float32(temperature), np.float32(1.0 if top_p is None else top_p))
 
-    program, leaves = Program.of(model)
+    program, leaves = Program.of(model, inference=True)
     prompt = -(-s // page_size) * page_size
     prefill, decode = _programs(program, sampling, page_size)
     mask = np.ones((b, s), np.int32) if attention_mask is None else np.asarray(attention_mask)

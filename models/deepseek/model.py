@@ -123,7 +123,8 @@ class Run:
     """How a forward pass computes: one for all layers.
 
     fp8: whether layers multiply in FP8, with scales of scale_format.
-    axis_name: the mesh axes that the experts are spread over; None on one device.
+    axis_name: the mesh axes that the experts are spread over, hosts before the devices of each; None on one device.
+    inference: nothing will be differentiated, so that tokens may go to their experts in FP8.
     remat: whether each layer's activations are computed again in the backward pass instead of being kept.
     """
 
@@ -134,6 +135,7 @@ class Run:
     axis_name: tuple[str, ...] | str | None = None
     expert_capacity: int | None = None
     remat: bool = False
+    inference: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,12 +361,14 @@ class MoE(nnx.Module):
             num_experts=self.config.n_routed_experts,
             axis_name=run.axis_name,
             capacity=run.expert_capacity,
+            # As the experts would quantise them, only before they travel.
+            quantize="fp8" if run.inference and run.fp8 and self.config.quantized else None,
+            scale_format=run.scale_format,
             implementation=run.implementation,
         )
-        out = jaxkern.combine(self.experts(received, handle.group_sizes, run), handle).reshape(b, s, hidden)
-        if self.shared_experts is not None:
-            out = out + self.shared_experts(x, run)
-        return out, self._routing(scores.reshape(b, s, -1), expert_ids, valid, handle)
+        shared = None if self.shared_experts is None else self.shared_experts(x, run).reshape(-1, hidden)
+        out = jaxkern.combine(self.experts(received, handle.group_sizes, run), handle, bias=shared)
+        return out.reshape(b, s, hidden), self._routing(scores.reshape(b, s, -1), expert_ids, valid, handle)
 
     def _routing(self, scores, expert_ids, valid, handle) -> Routing:
         """`scores` [b, s, experts]: the sigmoid of the router's logits. Balance: V3 report, equations 17 to 20."""
@@ -377,7 +381,7 @@ class MoE(nnx.Module):
         frequency = chosen.sum(1) * (experts / top_k) / tokens
         share = (scores / (scores.sum(-1, keepdims=True) + 1e-20) * valid[..., None]).sum(1) / tokens
         return Routing(
-            load=jax.nn.one_hot(expert_ids, experts).sum((0, 1)),  # -1 is no expert: all zeros
+            load=jnp.zeros(experts).at[jnp.where(expert_ids < 0, experts, expert_ids)].add(1, mode="drop"),
             balance=(frequency * share).sum(),
             dropped=handle.dropped.sum().astype(jnp.float32),
         )
@@ -462,7 +466,7 @@ class Norm(nnx.Module):
 
     def __call__(self, x):
         x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, -1, keepdims=True) + self.eps)
+        x32 = x32 * jax.lax.rsqrt(jaxkern.sum_in_order(x32 * x32) / x.shape[-1] + self.eps)
         return self.weight[...].astype(x.dtype) * x32.astype(x.dtype)
 
 
@@ -497,7 +501,7 @@ def _fused_swiglu(run, x, weights, group_sizes):
     """FP8 from end to end: x quantised once, and what lies between the products is written only in FP8."""
     gate, up, down = weights
     options = {"scale_format": run.scale_format, "implementation": run.implementation}
-    x = jaxkern.quantize(x, **options)
+    x = x if isinstance(x, jaxkern.ScaledArray) else jaxkern.quantize(x, **options)
     both = linear(x, gate, group_sizes, run), linear(x, up, group_sizes, run)
     return linear(jaxkern.swiglu_quantize(both, **options), down, group_sizes, run)
 
