@@ -1,13 +1,8 @@
 """One model over two processes, as on two hosts: load, generate, train, save."""
 
-import os
-import pathlib
-import socket
-import subprocess
-import sys
-
 import pytest
 from deepseek_tools import GOLDEN, raw_tensors
+from processes import Processes
 
 WORKER = """
 import sys
@@ -38,29 +33,9 @@ print("done", losses)
 
 @pytest.mark.slow
 def test_two_processes(tmp_path):
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        address = f"localhost:{s.getsockname()[1]}"
-    tests = str(pathlib.Path(__file__).parent)
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-P", "-c", WORKER, address, str(i), str(tmp_path / "saved")],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        outputs = [worker.communicate(timeout=300)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    losses = []
-    for worker, output in zip(workers, outputs, strict=True):
-        assert worker.returncode == 0, output[-3000:]
-        losses.append(output[output.index("done") :].splitlines()[0])
+    saved = tmp_path / "saved"
+    with Processes(tmp_path, lambda address, i: ["-c", WORKER, address, i, saved]) as processes:
+        outputs = processes.finish(300)
+    losses = [output[output.index("done") :].splitlines()[0] for output in outputs]
     assert losses[0] == losses[1]
-    assert raw_tensors(tmp_path / "saved") == raw_tensors(GOLDEN / "v3-padded")
+    assert raw_tensors(saved) == raw_tensors(GOLDEN / "v3-padded")
