@@ -437,6 +437,31 @@ def test_what_crosses_hosts():
     )
 
 
+@pytest.mark.skipif(jax.default_backend() == "cpu" or jax.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("how", [{}, {"layout": "rank"}, {"layout": "masked", "wire_capacity": 9}], ids=str)
+def test_ragged_brings_what_slabs_bring(how):
+    """Rows, what combine makes of them, and the gradients of both."""
+    x, ids, weights = example()
+
+    def f(transport, x, ids, weights):
+        def through(x, weights):
+            received, handle = jaxkern.dispatch(x, ids, weights, **options((2,), transport=transport, **how))
+            back = [{}] if handle.layout == "rank" else [{}, BY_EXPERT]
+            return received, [jaxkern.combine(jnp.sin(received), handle, **b) for b in back], handle.dropped
+
+        value, vjp = jax.vjp(through, x, weights)
+        ones = jax.tree.map(lambda v: v if v.dtype == jnp.float32 else np.zeros(v.shape, jax.dtypes.float0), value)
+        fp8 = jaxkern.dispatch(
+            x, ids, weights, quantize="fp8", scale_format="ue8m0", **options((2,), transport=transport, **how)
+        )[0]
+        return value, vjp(ones), fp8.values.astype(jnp.float32), fp8.scales.astype(jnp.float32)
+
+    results = [
+        on_mesh((2,), functools.partial(f, transport), x, ids, weights) for transport in ("all_to_all", "ragged")
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
 # Errors
 
 
