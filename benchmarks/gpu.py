@@ -31,7 +31,8 @@ from benchmarks import common, kernels  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"  # gpu.json, or gpu.<family>.json of a run of one
-TESTS = [f"tests/test_{name}.py" for name in ("gemm", "gemm_hopper", "quantize", "linear", "mla_hopper", "contract")]
+FAMILIES = ("gemm", "gemm_hopper", "quantize", "linear", "mla", "mla_hopper", "kv_cache", "contract")
+TESTS = [f"tests/test_{name}.py" for name in FAMILIES]
 THROUGH_KERNELS = "(cuda or hopper) and not (implementation or falls_back or without)"
 CONFORMANCE = "tests/sim/conformance.cu"
 

@@ -299,9 +299,10 @@ K_GROUPED = [(896, 200, 144, (0, 256, 130, 0, 1))]
 QUANTIZED = (150, 656)
 TOKENS = (20, 0, 129)
 
-
 # Queries, heads, keys in a page, lengths, num_splits: several pieces a block, rows that share keys, an empty request.
 DECODED = [(1, 128, 64, (700, 0, 130), None), (2, 40, 16, (300, 65), 3)]
+APPENDED = (4, 16, 64)  # requests, their new tokens, keys in a page
+MERGED = (3, 50, 512)
 
 
 def simulate(seeds: int = 8) -> tuple[dict[str, Row], str]:
@@ -311,6 +312,8 @@ def simulate(seeds: int = 8) -> tuple[dict[str, Row], str]:
         gemm,
         grouped_gemm,
         k_grouped_gemm,
+        kv_cache,
+        merge_attention,
         mla_decode,
         quantize,
         quantize_along_tokens,
@@ -362,6 +365,16 @@ def simulate(seeds: int = 8) -> tuple[dict[str, Row], str]:
         table = jnp.asarray(random.permutation(pages * len(lengths)).reshape(len(lengths), pages), jnp.int32)
         call = functools.partial(mla_decode, q, cache, table, jnp.asarray(lengths, jnp.int32), num_splits=num_splits)
         check(functools.partial(call, softmax_scale=576**-0.55), rtol=2.0**-6, atol=1e-3)
+    requests, tokens, page = APPENDED
+    table = jnp.asarray(random.permutation(2 * requests).reshape(requests, 2), jnp.int32)
+    positions = jnp.asarray(random.integers(0, 2 * page, (requests, tokens)), jnp.int32)
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
+        rows = normal(requests, tokens, 576).astype(dtype)
+        for to in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.uint8):
+            cache = jnp.zeros((2 * requests, page, 656 if to == jnp.uint8 else 576), to)
+            check(functools.partial(kv_cache.append, cache, rows, table, positions), rtol=0)
+        outs, lses = normal(*MERGED).astype(dtype), normal(*MERGED[:-1])
+        check(functools.partial(merge_attention, outs, lses), rtol=2.0**-7, atol=1e-5)
     _ffi.SIM.configure()
     return simulator_rows(json.loads(_ffi.SIM.statistics())), ""
 

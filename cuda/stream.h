@@ -12,6 +12,8 @@ using Stream = void*;
 // Why a launch failed; empty if it did not.
 using Error = std::string;
 
+enum class Float { float32, bfloat16, float16 };
+
 // Of several steps.
 inline Error first_error(std::initializer_list<Error> errors) {
   for (const Error& error : errors)

@@ -41,7 +41,7 @@ def append(
         otherwise XLA copies it first, as it may under vmap.
     Sharding: shard_map, with whole requests and their pages on one device; page numbers are the device's own.
     Gradient: none.
-    Implementations: cpu, xla.
+    Implementations: cpu, xla, cuda, sim; packed rows must have a multiple of 4 bytes for the latter two.
     Errors: TypeError for a dtype, ValueError for a shape, or for a packed cache's latent_dim that is no multiple of 4.
     Source: vLLM, "PagedAttention", 2023; FlashMLA, the FP8 cache.
     """
@@ -167,11 +167,22 @@ def _fold_batch(size, arrays, is_batched, **params):
     return folded, params, lambda i, r: r.reshape(size, p, *r.shape[1:])
 
 
+def _hopper_refuses(cache, *_, **__):
+    if cache.dtype == _UINT8 and cache.shape[2] % 4 != 0:
+        return f"packed rows must have a multiple of 4 bytes, got {describe(cache)}"
+    return ""
+
+
 KV_CACHE_APPEND = _ffi.Op(
     "kv_cache_append",
     lambda cache, rows, block_table, positions, **_: [(cache.shape, cache.dtype)],
     reference.kv_cache_append,
     part_of="kv_cache.append",
     batch=_fold_batch,
+    hopper=_ffi.Kernel(
+        layouts=lambda **_: ((None,) * 4, (None,)),
+        attributes=("latent_dim",),
+        refuses=_hopper_refuses,
+    ),
     aliases={0: 0},
 )

@@ -99,7 +99,7 @@ def merge_attention(
 
         A page that is -1 costs no time. Partial results in float32, from a float32 q, keep a rounding out of the sum.
     Gradient: of out and lse, with respect to outs and lses.
-    Implementations: cpu, xla.
+    Implementations: cpu, xla, cuda, sim.
     Errors: TypeError for a dtype, ValueError for a shape.
     Source: FlashAttention-2; FlashMLA's combine kernel.
     """
@@ -299,6 +299,7 @@ MERGE_ATTENTION = _ffi.Op(
     lambda outs, lses: [(outs.shape[1:], outs.dtype), (lses.shape[1:], lses.dtype)],
     reference.merge_attention,
     batch=_fold_parts,
+    hopper=_ffi.Kernel(layouts=lambda **_: ((None, None), (None, None))),
 )
 _NO_GPU = "cuDNN's, through jax.nn.dot_product_attention, rounds lse to 16 bits and drops its gradient"
 MLA_PREFILL = _ffi.Op(

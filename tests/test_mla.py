@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from contract import HOPPER_IMPLEMENTATION
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
@@ -412,11 +413,14 @@ def merge_by_hand(outs, lses):
         return out, np.where(total == 0, -np.inf, largest + np.log(total))
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+MERGED_BY = [*IMPLEMENTATIONS, *[HOPPER_IMPLEMENTATION] * (HOPPER_IMPLEMENTATION != "none")]
+
+
+@pytest.mark.parametrize("implementation", MERGED_BY)
 @pytest.mark.parametrize("dtype", [np.float32, BF16, F16])
 def test_merge(dtype, implementation):
     rng = np.random.default_rng(0)
-    for n, lead, d in [(1, (3,), 5), (2, (), 64), (7, (3, 2, 5), 61), (4, (0, 3), 8)]:
+    for n, lead, d in [(1, (3,), 5), (2, (), 64), (7, (3, 2, 5), 61), (4, (0, 3), 8), (3, (41,), 1032)]:
         outs = rng.standard_normal((n, *lead, d)).astype(dtype)
         lses = (20 * rng.standard_normal((n, *lead))).astype(np.float32)
         empty = rng.random(lses.shape) < 0.4
@@ -430,6 +434,21 @@ def test_merge(dtype, implementation):
         listed = jaxkern.merge_attention(list(outs), tuple(lses), implementation=implementation)
         np.testing.assert_array_equal(listed[0], out)
         np.testing.assert_array_equal(listed[1], lse)
+
+
+@pytest.mark.parametrize("implementation", MERGED_BY)
+def test_merge_of_nan_and_infinity(implementation):
+    """Of a part with keys they reach the row, of one without nothing does; one part alone is itself, to the bit."""
+    outs = np.random.default_rng(2).standard_normal((2, 6, 8)).astype(np.float32)
+    lses = np.random.default_rng(3).standard_normal((2, 6)).astype(np.float32)
+    outs[0, 0, 1], outs[1, 1, 2], outs[0, 2, 3], outs[0, 5] = np.nan, np.inf, np.nan, np.nan
+    lses[0, 2], lses[1, 3], lses[0, 4], lses[:, 5] = -np.inf, np.nan, np.inf, -np.inf
+    out, lse = (np.array(x) for x in jaxkern.merge_attention(outs, lses, implementation=implementation))
+    assert np.isnan(out[[0, 3, 4], [1, 0, 7]]).all() and np.isnan(out[3:5]).all() and np.isposinf(out[1, 2])
+    assert np.isnan(lse[3:5]).all() and np.isneginf(lse[5]) and (out[5] == 0).all()
+    np.testing.assert_array_equal(out[2], outs[1, 2])
+    out[0, 1] = out[1, 2] = 0
+    assert np.isfinite(out[:3]).all() and np.isfinite(lse[:3]).all()
 
 
 def test_merge_of_parts_without_keys_has_gradients():

@@ -43,6 +43,12 @@ inline bool aligned(std::initializer_list<const void*> pointers) {
   return std::ranges::all_of(pointers, [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; });
 }
 
+inline cuda::Float float_of(ffi::DataType type) {
+  return type == ffi::DataType::BF16  ? cuda::Float::bfloat16
+         : type == ffi::DataType::F16 ? cuda::Float::float16
+                                      : cuda::Float::float32;
+}
+
 inline ffi::Error to_error(const char* op, const cuda::Error& error) {
   return error.empty() ? ffi::Error::Success() : ffi::Error::Internal(std::string(op) + ": " + error);
 }

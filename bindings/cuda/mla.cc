@@ -67,6 +67,33 @@ ffi::Error mla_decode(cuda::Stream stream, Buffer q, Buffer cache, Buffer block_
                                                  stream));
 }
 
+ffi::Error merge_attention(cuda::Stream stream, Buffer outs, Buffer lses, Result out, Result lse) {
+  Check check("merge_attention");
+  check.rank("outs", outs, 3);
+  if (check.failed()) return check.error();
+  int64_t parts = outs.dimensions()[0], rows = outs.dimensions()[1], width = outs.dimensions()[2];
+  check.dtype("outs", outs, {F32, BF16, F16});
+  check.shape("lses", lses, {parts, rows});
+  check.dtype("lses", lses, {F32});
+  check.shape("out", *out, {rows, width});
+  check.dtype("out", *out, {outs.element_type()});
+  check.shape("lse", *lse, {rows});
+  check.dtype("lse", *lse, {F32});
+  check.that(is_size(parts + 1) && is_size(width + (1 << 10)), "parts and width must be int32");
+  check.that(aligned({outs.untyped_data(), out->untyped_data()}), "every buffer must be aligned to 16 bytes");
+  if (check.failed()) return check.error();
+
+  return to_error("merge_attention", cuda::merge_attention({.outs = outs.untyped_data(),
+                                                            .type = float_of(outs.element_type()),
+                                                            .lses = lses.typed_data<float>(),
+                                                            .out = out->untyped_data(),
+                                                            .lse = lse->typed_data<float>(),
+                                                            .parts = parts,
+                                                            .rows = rows,
+                                                            .width = width},
+                                                           stream));
+}
+
 }  // namespace
 
 JAXKERN_HOPPER_HANDLERS(mla_decode, 1,
@@ -74,5 +101,7 @@ JAXKERN_HOPPER_HANDLERS(mla_decode, 1,
                             .Attr<float>("softmax_scale")
                             .Attr<int64_t>("causal")
                             .Attr<int64_t>("num_splits"));
+
+JAXKERN_HOPPER_HANDLERS(merge_attention, 1, signature(Operands<2>{}, Results<2>{}));
 
 }  // namespace jaxkern

@@ -19,7 +19,9 @@ using namespace nb::literals;
   HANDLER(gemm, 1)                  \
   HANDLER(grouped_gemm, 1)          \
   HANDLER(k_grouped_gemm, 1)        \
-  HANDLER(mla_decode, 1)
+  HANDLER(kv_cache_append, 1)       \
+  HANDLER(mla_decode, 1)            \
+  HANDLER(merge_attention, 1)
 
 using Handler = XLA_FFI_Error*(XLA_FFI_CallFrame*);
 #define JAXKERN_DECLARE(name, version)  \

@@ -9,10 +9,6 @@ namespace {
 
 using enum ffi::DataType;
 
-cuda::Float float_of(ffi::DataType type) {
-  return type == BF16 ? cuda::Float::bfloat16 : type == F16 ? cuda::Float::float16 : cuda::Float::float32;
-}
-
 cuda::ScaleFormat scale_format_of(std::string_view name) {
   return name == "ue8m0"          ? cuda::ScaleFormat::ue8m0
          : name == "power_of_two" ? cuda::ScaleFormat::power_of_two

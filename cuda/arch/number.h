@@ -38,6 +38,13 @@ DEVICE uint32_t cvt_bf16x2(float low, float high AND_WHERE) {
       return sim::to_bfloat16(low) | sim::to_bfloat16(high) << 16;)
 }
 
+// cvt.rn.f16x2.f32. PTX 9.7.9.21.
+DEVICE uint32_t cvt_f16x2(float low, float high AND_WHERE) {
+  PTX(uint32_t packed; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low)); return packed;)
+  SIM(sim::check_number(low, where); sim::check_number(high, where);
+      return sim::to_float16(low) | sim::to_float16(high) << 16;)
+}
+
 // cvt.rn.satfinite.e4m3x2.f32: to the nearest, ties to even, beyond 448 to 448. PTX 9.7.9.21.
 DEVICE uint16_t cvt_e4m3x2(float low, float high AND_WHERE) {
   PTX(uint16_t packed; asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(packed) : "f"(high), "f"(low));

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "cuda/mla/decode.h"
+#include "cuda/mla/merge.h"
 
 namespace jaxkern::cuda {
 
@@ -61,6 +62,31 @@ Error mla_decode(const MlaDecode& g, Stream stream) {
 Error prepare_mla_decode() {
   return once_per_device(
       [] { return first_error({prepare<MlaSchedule>(), prepare<MlaDecodeKernel>(), prepare<MlaMergeKernel>()}); });
+}
+
+Error merge_attention(const MergeAttention& g, Stream stream) {
+  if (g.rows == 0) return {};
+  return with_type(g.type, [&](auto type) {
+    using T = decltype(type);
+    using Kernel = MergeAttentionKernel<T>;
+    typename Kernel::Params p = {.outs = {static_cast<const T*>(g.outs), g.parts * g.rows * g.width},
+                                 .lses = {g.lses, g.parts * g.rows},
+                                 .out = {static_cast<T*>(g.out), g.rows * g.width},
+                                 .lse = {g.lse, g.rows},
+                                 .rows = g.rows,
+                                 .parts = static_cast<int>(g.parts),
+                                 .width = static_cast<int>(g.width),
+                                 .vectors = g.width % 4 == 0};
+    int64_t blocks = ceil_div(g.rows, Kernel::threads / warp_size);
+    return launch<Kernel>(std::min<int64_t>(blocks, multiprocessors() * 16), 1, p, stream);
+  });
+}
+
+Error prepare_merge_attention() {
+  return once_per_device([] {
+    return first_error({prepare<MergeAttentionKernel<float>>(), prepare<MergeAttentionKernel<bfloat16>>(),
+                        prepare<MergeAttentionKernel<float16>>()});
+  });
 }
 
 }  // namespace jaxkern::cuda

@@ -1,4 +1,5 @@
-// Absorbed MLA decoding on Hopper. No CUDA header is needed to include it.
+// Absorbed MLA decoding on Hopper, and the merging of attention to parts of the keys. No CUDA header is needed to
+// include it.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +40,21 @@ constexpr int64_t mla_slots(int64_t batch, int64_t rows, int64_t num_splits) {
 
 Error mla_decode(const MlaDecode& mla, Stream stream);
 
-// Loads every kernel that it may launch, on the current device.
+// Attention to all keys from the attention to parts of them; a part whose lse is -inf has none. outs and out are
+// aligned to 16 bytes.
+struct MergeAttention {
+  const void* outs;  // [parts, rows, width]
+  Float type;
+  const float* lses;  // [parts, rows], natural logarithms
+  void* out;          // [rows, width]
+  float* lse;         // [rows]
+  int64_t parts, rows, width;
+};
+
+Error merge_attention(const MergeAttention& merge, Stream stream);
+
+// Load every kernel that each may launch, on the current device.
 Error prepare_mla_decode();
+Error prepare_merge_attention();
 
 }  // namespace jaxkern::cuda

@@ -7,7 +7,7 @@
 #include <string>
 #include <type_traits>
 
-#include "cuda/arch/arch.h"
+#include "cuda/fours.h"
 
 namespace jaxkern::cuda::kernels {
 

@@ -25,18 +25,6 @@ QuantizeParams<T> params_of(uint8_t* values, void* scales, ScaleFormat format, i
   return p;
 }
 
-template <typename F>
-Error with_type(Float type, F f) {
-  switch (type) {
-    case Float::float32:
-      return f(float{});
-    case Float::bfloat16:
-      return f(bfloat16{});
-    default:
-      return f(float16{});
-  }
-}
-
 template <typename Kernel, typename T>
 Error launch_tiles(const Quantize& q, int tile_m, int tile_k, Stream stream) {
   int64_t k_blocks = ceil_div(q.k, block_k), elements = q.batch * q.m * q.k;

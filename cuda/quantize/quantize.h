@@ -8,7 +8,6 @@
 
 namespace jaxkern::cuda {
 
-enum class Float { float32, bfloat16, float16 };
 enum class ScaleFormat { float32, power_of_two, ue8m0 };
 
 // values = x / scale, rounded to e4m3; a block is 1 x 128 or 128 x 128. Every pointer is aligned to 16 bytes.

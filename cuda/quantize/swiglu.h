@@ -35,17 +35,10 @@ struct QuantizeSwiglu {
     Shared<float> scales[tile_m];
   };
 
-  // Four neighbouring elements.
-  DEVICE static void load_four(float (&to)[4], const Params& p, Global<const T> x, int64_t at, int count) {
-    if (p.quantized.vectors) {
-      Pack<T, 4> four = {};
-      if (count > 0) four = load_global<Pack<T, 4>>(x, at);
+  DEVICE static void load_floats(float (&to)[4], const Params& p, Global<const T> x, int64_t at, int count) {
+    Pack<T, 4> four = load_four(x, at, count, p.quantized.vectors);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) to[i] = to_float(four.item[i]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) to[i] = i < count ? to_float(load_global<T>(x, at + i)) : 0;
-    }
+    for (int i = 0; i < 4; ++i) to[i] = to_float(four.item[i]);
   }
 
   DEVICE static void run(const Params& p, Smem& s) {
@@ -56,8 +49,8 @@ struct QuantizeSwiglu {
 #pragma unroll
     for (int j = 0; j < rows; ++j) {
       int row = first + warp * rows + j, count = row < q.m ? q.k - column : 0;
-      load_four(gate[j], p, p.gate, row * p.stride + column, count);
-      load_four(up[j], p, p.up, row * p.stride + column, count);
+      load_floats(gate[j], p, p.gate, row * p.stride + column, count);
+      load_floats(up[j], p, p.up, row * p.stride + column, count);
       weight[j] = p.weights.size && row < q.m ? load_global<float>(p.weights, row) : 1;
     }
 #pragma unroll

@@ -333,6 +333,17 @@ uint32_t to_bfloat16(float x) {
   return (b + 0x7fff + (b >> 16 & 1)) >> 16;
 }
 
+uint32_t to_float16(float x) {
+  uint32_t sign = bits(x) >> 31 << 15;
+  float magnitude = std::fabs(x);
+  if (x != x) return 0x7fff;
+  if (magnitude >= 65520) return sign | 0x7c00;
+  if (magnitude < 0x1p-14f) return sign | uint32_t(std::nearbyint(magnitude * 0x1p24f));
+  uint32_t b = bits(magnitude);
+  b += 0xfff + (b >> 13 & 1);
+  return sign | ((b >> 13) - ((127 - 15) << 10));
+}
+
 uint32_t to_e4m3(float x) {
   uint32_t sign = bits(x) >> 31 << 7;
   float magnitude = std::fabs(x);

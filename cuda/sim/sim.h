@@ -141,6 +141,7 @@ T unbits(uint32_t bits) {
 
 void check_number(float x, Where where);  // fails for an accumulator in flight: conversions would hide it
 uint32_t to_bfloat16(float x);
+uint32_t to_float16(float x);
 uint32_t to_e4m3(float x);
 float from_e4m3(uint8_t x);
 float from_float16(uint16_t x);

@@ -313,7 +313,7 @@ void matrix_fragments() {
 
 // ---- numbers ----
 
-enum class Function { bf16, e4m3, float16, bfloat16, ex2, lg2, div, rcp, fma, max };
+enum class Function { bf16, f16, e4m3, float16, bfloat16, ex2, lg2, div, rcp, fma, max };
 
 // Pairs of words in, one word out for each.
 template <Function function>
@@ -324,6 +324,7 @@ struct Numbers : Kernel<128> {
       uint32_t first = load_global<uint32_t>(p.in, 2 * i), second = load_global<uint32_t>(p.in, 2 * i + 1), y;
       float x = bits_float(first);
       if constexpr (function == Function::bf16) y = cvt_bf16x2(x, bits_float(second));
+      if constexpr (function == Function::f16) y = cvt_f16x2(x, bits_float(second));
       if constexpr (function == Function::e4m3) y = cvt_e4m3x2(x, bits_float(second));
       if constexpr (function == Function::float16) y = float_bits(to_float(float16{static_cast<uint16_t>(first)}));
       if constexpr (function == Function::bfloat16) y = float_bits(to_float(bfloat16{static_cast<uint16_t>(first)}));
@@ -359,6 +360,12 @@ double bfloat16_value(uint32_t code) {
   return code & 0x8000 ? -x : x;
 }
 
+double float16_value(uint32_t code) {
+  int exponent = code >> 10 & 31, fraction = code & 1023;
+  double x = exponent ? std::ldexp(1 + fraction / 1024.0, exponent - 15) : std::ldexp(fraction / 1024.0, -14);
+  return code & 0x8000 ? -x : x;
+}
+
 // The code of the nearest value of magnitude up to that of `last`, of those whose values increase with the code; ties
 // to the even code. `beyond`: the code for what would round past it.
 template <typename Value>
@@ -382,6 +389,11 @@ uint32_t want_e4m3(float x) {
 uint32_t want_bfloat16(float x) {
   if (std::isnan(x)) return 0x7fff;
   return nearest(x, 0x8000, 0x7f7f, [](uint32_t c) { return bfloat16_value(c); }, 0x7f80);
+}
+
+uint32_t want_float16(float x) {
+  if (std::isnan(x)) return 0x7fff;
+  return nearest(x, 0x8000, 0x7bff, [](uint32_t c) { return float16_value(c); }, 0x7c00);
 }
 
 // Every value of the format, what lies halfway between two of them and next to that, of both signs; and random bits.
@@ -420,18 +432,25 @@ void bf16_conversion() {
   }
 }
 
+void f16_conversion() {
+  auto in = probes(0x7bff, 1, float16_value);
+  for (uint32_t& word : in)  // random ones are mostly outside the format
+    if (word % 2) word = (word & 0x8fffffff) | 0x30000000;
+  auto got = apply<Function::f16>(in);
+  for (size_t i = 0; i + 1 < in.size(); ++i) {
+    uint32_t code = got[i / 2] >> i % 2 * 16 & 0xffff, want = want_float16(as_float(in[i]));
+    require(code == want, text("%a becomes %#x, not %#x", as_float(in[i]), code, want));
+  }
+}
+
 void from_16_bits() {
   std::vector<uint32_t> in;
   for (uint32_t i = 0; i < 65536; ++i) in.insert(in.end(), {i, 0});
   auto halves = apply<Function::float16>(in), others = apply<Function::bfloat16>(in);
   for (uint32_t i = 0; i < 65536; ++i) {
-    int exponent = i >> 10 & 31, fraction = i & 1023;
-    float sign = i & 0x8000 ? -1 : 1;
-    float want = exponent ? std::ldexp(1 + fraction / 1024.0f, exponent - 15) : std::ldexp(fraction / 1024.0f, -14);
-    if (exponent == 31) want = fraction ? NAN : INFINITY;
-    float got = as_float(halves[i]);
-    require(std::isnan(want) ? std::isnan(got) : halves[i] == as_bits(sign * want),
-            text("float16 %#x becomes %a", i, got));
+    float want = float16_value(i), got = as_float(halves[i]);
+    if ((i & 0x7c00) == 0x7c00) want = i & 1023 ? NAN : i & 0x8000 ? -INFINITY : INFINITY;
+    require(std::isnan(want) ? std::isnan(got) : halves[i] == as_bits(want), text("float16 %#x becomes %a", i, got));
     require(others[i] == i << 16, text("bfloat16 %#x becomes %#x", i, others[i]));
   }
 }
@@ -1311,6 +1330,7 @@ std::vector<Case> all_cases() {
       {"ldmatrix, stmatrix x4 transposed", matrix_fragments<4, true>},
       {"cvt_e4m3x2", e4m3_conversion},
       {"cvt_bf16x2", bf16_conversion},
+      {"cvt_f16x2", f16_conversion},
       {"to_float", from_16_bits},
       {"ex2", exponential},
       {"lg2", logarithm},
