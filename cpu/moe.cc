@@ -80,7 +80,7 @@ bool is_told(const GatherQuantizeRowsParams& p, int64_t assignment) {
   return is_assignment(row, p.rows) && p.source[row] == assignment;
 }
 
-// A token's row, or without a token zeros, in blocks.
+// A token's row in blocks.
 template <typename T>
 void quantize_token(const GatherQuantizeRowsParams& p, int64_t token, uint8_t* values, void* scales) {
   const T* x = static_cast<const T*>(p.x) + token * p.hidden;
@@ -276,9 +276,7 @@ void gather_quantize_rows(const GatherQuantizeRowsParams& p, const Threads& thre
         int32_t source = p.source[row];
         if (!is_assignment(source, p.tokens * p.top_k)) {
           std::memset(p.values + row * p.hidden, 0, p.hidden);
-          float scale = scale_of(0, p.power_of_two);
-          for (int64_t block = 0; block < blocks; ++block)
-            store_scale(p.scales, p.scale_type, row * blocks + block, scale);
+          std::memset(scales + row * scale_bytes, 0, scale_bytes);
         } else if (p.slots[source] != row) {
           quantize_token<T>(p, source / p.top_k, p.values + row * p.hidden, scales + row * scale_bytes);
         }

@@ -40,8 +40,9 @@ struct GatherRowsParams {
   int64_t element_size, tokens, top_k, hidden, rows;
 };
 
-// values and scales of the same rows, quantised in blocks of 1 x 128. `slots` tells where each assignment's row is, so
-// that a token is quantised once; rows that it does not tell of, or tells wrong, are quantised by themselves.
+// values and scales of the same rows, quantised in blocks of 1 x 128; zero bytes where there is no row. `slots` tells
+// where each assignment's row is, so that a token is quantised once; rows that it does not tell of, or tells wrong, are
+// quantised by themselves.
 struct GatherQuantizeRowsParams {
   const void* x;
   DType x_type;           // f32, bf16

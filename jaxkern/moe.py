@@ -185,7 +185,7 @@ def dispatch(
         "masked": [local experts, capacity, h], ready for `masked_grouped_gemm`: the rows of each expert come first.
         "rank": [ranks * wire_capacity, h], a token once, however many of its experts live here: handle.expert_ids and
         handle.weights say which. The rows from each rank of the (last) axis come first in its share, in token order.
-        Rows that hold no token are zero.
+        Rows that hold no token are zero bytes.
     Units: capacity and wire_capacity, the rows that one rank sends to another (one number, or one for each level), are
         by default the exact worst case for tokens whose experts are distinct. What does not fit is dropped and counted
         in handle.dropped, by expert; nothing is ever written elsewhere. What comes first in the order above fits first.
@@ -739,7 +739,8 @@ GATHER_ROWS = _ffi.Op(
 )
 
 # x [t, h] float32 or bfloat16, source int32 [rows], slots int32 [t, k] -> values float8_e4m3fn [rows, h], scales
-# [rows, ceil(h / 128)]: gather_rows of x, quantised. slots, the inverse of source, changes nothing but the speed.
+# [rows, ceil(h / 128)]: gather_rows of x, quantised; zero bytes where there is no row. slots, the inverse of source,
+# changes nothing but the speed.
 GATHER_QUANTIZE_ROWS = _ffi.Op(
     "gather_quantize_rows",
     lambda x, source, slots, *, scale_format, **_: scaled(

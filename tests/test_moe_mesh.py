@@ -273,10 +273,13 @@ def test_fp8_rows_are_the_quantised_rows(shape, how, scale_format):
         again = jaxkern.replay(x, handle, quantize="fp8", scale_format=scale_format)
         holds = (handle.source >= 0)[:, None]
         rows = [jaxkern.quantize(plain, scale_format=scale_format), before, on_the_way, again]
-        return [[jnp.where(holds, a.astype(jnp.float32), 0) for a in (r.values, r.scales)] for r in rows]
+        bits = [jax.lax.bitcast_convert_type(r.scales, jnp.uint8).reshape(holds.shape[0], -1) for r in rows]
+        return [[r.values.astype(jnp.float32), jnp.where(holds, b, 0)] for r, b in zip(rows, bits, strict=True)], bits
 
-    expected, *others = on_mesh(shape, f, x, ids, weights)
+    (expected, *others), (_, *bits) = on_mesh(shape, f, x, ids, weights)
     assert np.abs(expected[0]).max() == 448
+    for b in bits[1:]:  # rows of no token too: zero bytes
+        np.testing.assert_array_equal(b, bits[0])
     for got in others:
         np.testing.assert_array_equal(got[0], expected[0])
         np.testing.assert_array_equal(got[1], expected[1])

@@ -60,7 +60,10 @@ def gather_rows(x, source, weights, *, top_k, weighted):
 def gather_quantize_rows(x, source, slots, *, top_k, scale_format):
     (rows,) = gather_rows(x, source, None, top_k=top_k, weighted=False)
     values, scales = quantize(rows[None], block_shape=(1, 128), scale_format=scale_format)
-    return values[0], scales[0]
+    valid = (source >= 0) & (source < x.shape[0] * top_k)
+    bits = jnp.uint8 if scales.dtype.itemsize == 1 else jnp.uint32
+    scales = jnp.where(valid[:, None], jax.lax.bitcast_convert_type(scales[0], bits), 0)
+    return values[0], jax.lax.bitcast_convert_type(scales, jnp.float8_e8m0fnu if bits == jnp.uint8 else jnp.float32)
 
 
 def sum_rows(rows, slots, keys, weights, bias, *, num_keys, out_dtype):
