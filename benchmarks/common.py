@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+TURN = 0.02  # seconds
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -89,8 +91,9 @@ def compare(
 def medians(timed: list[Callable[[], object]], seconds: float) -> list[float]:
     """The median time of each function in milliseconds, the functions taking turns.
 
-    In its turn a function runs twice and the second run is timed: XLA's threads go on freeing a large program's
-    temporaries after it has returned, and whoever comes next pays for it.
+    Between two runs something large is read, by all cores: operands come from memory, as the weights and caches of a
+    model do, and no core of a virtual machine sleeps, which would have two threads share one for milliseconds. A turn's
+    first TURN seconds are not timed: XLA's threads go on freeing the temporaries of the large program before.
     """
     times = [[] for _ in timed]
     for f in timed:
@@ -99,13 +102,26 @@ def medians(timed: list[Callable[[], object]], seconds: float) -> list[float]:
     start = time.perf_counter()
     while len(times[0]) < 5 or time.perf_counter() - start < seconds * len(timed):
         for f, t in zip(timed, times, strict=True):
-            f()
-            begin = time.perf_counter()
-            f()
-            t.append(time.perf_counter() - begin)
-        if len(times[0]) >= 400:
-            break
+            take_turn(f)
+            t += take_turn(f)
     return [statistics.median(t) * 1e3 for t in times]
+
+
+def take_turn(f: Callable[[], object]) -> list[float]:
+    """The seconds of each run of f for TURN seconds, one at least."""
+    times, start = [], time.perf_counter()
+    while not times or time.perf_counter() - start < TURN:
+        read_other_memory()()
+        begin = time.perf_counter()
+        f()
+        times.append(time.perf_counter() - begin)
+    return times
+
+
+@functools.cache
+def read_other_memory() -> Callable[[], object]:
+    """A function that reads more than any cache holds, a part on each core."""
+    return _caller(lambda x: x.sum(1), (jnp.ones((512, 1 << 16)),))
 
 
 @functools.cache

@@ -28,46 +28,13 @@ JAXKERN_INLINE bool is_paired(const Operand& o) { return !o.transposed && o.type
 
 // ---- few rows: dot products ----
 
-// 64 elements. Of e4m3, x[0] gets the first half of each 16 and x[1] the other: what is cheapest. The two bytes of a
-// bfloat16 come from tables of the 128 magnitudes (vpermi2b).
+// 64 elements. Of e4m3, x[0] gets the first half of each 16 and x[1] the other: what is cheapest.
 JAXKERN_INLINE void load_pairs(const bf16* p, __m512i (&x)[2]) {
   x[0] = load_bf16(p);
   x[1] = load_bf16(p + 32);
 }
 
-struct PairTables {
-  alignas(64) uint8_t low[128], high[128];
-};
-
-constexpr PairTables make_pair_tables() {
-  PairTables t = {};
-  for (int code = 0; code < 128; ++code) {
-    int exponent = code >> 3, mantissa = code & 7, bits = (exponent + 120) << 7 | mantissa << 4;
-    if (exponent == 0) {  // a multiple of 2^-9
-      bits = 0;
-      for (int top = 0; top < 3; ++top)
-        if (mantissa >> top == 1) bits = (118 + top) << 7 | (mantissa << (7 - top) & 0x7f);
-    }
-    if (code == 127) bits = 0x7fc0;
-    t.low[code] = uint8_t(bits);
-    t.high[code] = uint8_t(bits >> 8);
-  }
-  return t;
-}
-
-constexpr PairTables kPairTables = make_pair_tables();
-
-JAXKERN_INLINE __m512i look_up(__m512i codes, const uint8_t (&table)[128]) {
-  asm("vpermi2b %2, %1, %0" : "+v"(codes) : "v"(_mm512_load_si512(table)), "v"(_mm512_load_si512(table + 64)));
-  return codes;
-}
-
-JAXKERN_INLINE void load_pairs(const e4m3* p, __m512i (&x)[2]) {
-  __m512i codes = _mm512_loadu_si512(p), low = look_up(codes, kPairTables.low), high = look_up(codes, kPairTables.high);
-  high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(int8_t(0x80)), 0xf8);  // high | (codes & sign)
-  x[0] = _mm512_unpacklo_epi8(low, high);
-  x[1] = _mm512_unpackhi_epi8(low, high);
-}
+JAXKERN_INLINE void load_pairs(const e4m3* p, __m512i (&x)[2]) { to_bf16(_mm512_loadu_si512(p), x); }
 
 // As dot_rows, for an a of bfloat16 and a_scales [blocks of k][m].
 template <typename B, int kRows>

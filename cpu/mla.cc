@@ -396,7 +396,16 @@ void pack_queries_pairs(const bf16* q, int64_t rows, int64_t width, int64_t pair
 // Filled up with zeros to whole registers.
 template <typename T>
 JAXKERN_INLINE void load_columns(const T* from, int64_t columns, bf16* to) {
-  for (int64_t k = 0; k < columns; k += 2 * kLanes) store_raw(to + k, load_bf16_lanes(from + k, columns - k));
+  int64_t k = 0;
+  if constexpr (std::is_same_v<T, e4m3>) {
+    for (; k + 64 <= columns; k += 64) {
+      __m512i x[2];
+      load_bf16(from + k, x);
+      store_raw(to + k, x[0]);
+      store_raw(to + k + 32, x[1]);
+    }
+  }
+  for (; k < columns; k += 2 * kLanes) store_raw(to + k, load_bf16_lanes(from + k, columns - k));
 }
 
 // Block i of a row of the cache as bfloat16. Returns its scale.

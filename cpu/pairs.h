@@ -38,6 +38,47 @@ JAXKERN_INLINE __m512i load_bf16_lanes(const T* p, int64_t n) {
 }
 
 // Only on Level::bf16 and above, as all that follows.
+// The two bytes of a bfloat16 for each of the 128 magnitudes of an e4m3.
+struct PairTables {
+  alignas(64) uint8_t low[128], high[128];
+};
+
+constexpr PairTables make_pair_tables() {
+  PairTables t = {};
+  for (int code = 0; code < 128; ++code) {
+    int exponent = code >> 3, mantissa = code & 7, bits = (exponent + 120) << 7 | mantissa << 4;
+    if (exponent == 0) {  // a multiple of 2^-9
+      bits = 0;
+      for (int top = 0; top < 3; ++top)
+        if (mantissa >> top == 1) bits = (118 + top) << 7 | (mantissa << (7 - top) & 0x7f);
+    }
+    if (code == 127) bits = 0x7fc0;
+    t.low[code] = uint8_t(bits);
+    t.high[code] = uint8_t(bits >> 8);
+  }
+  return t;
+}
+
+constexpr PairTables kPairTables = make_pair_tables();
+
+JAXKERN_INLINE __m512i look_up(__m512i codes, const uint8_t (&table)[128]) {
+  asm("vpermi2b %2, %1, %0" : "+v"(codes) : "v"(_mm512_load_si512(table)), "v"(_mm512_load_si512(table + 64)));
+  return codes;
+}
+
+// x[0] gets the first half of each 16 codes and x[1] the other.
+JAXKERN_INLINE void to_bf16(__m512i codes, __m512i (&x)[2]) {
+  __m512i low = look_up(codes, kPairTables.low), high = look_up(codes, kPairTables.high);
+  high = _mm512_ternarylogic_epi32(high, codes, _mm512_set1_epi8(int8_t(0x80)), 0xf8);  // high | (codes & sign)
+  x[0] = _mm512_unpacklo_epi8(low, high);
+  x[1] = _mm512_unpackhi_epi8(low, high);
+}
+
+// 64 elements in order.
+JAXKERN_INLINE void load_bf16(const e4m3* p, __m512i (&x)[2]) {
+  to_bf16(_mm512_permutexvar_epi64(_mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0), _mm512_loadu_si512(p)), x);
+}
+
 JAXKERN_INLINE f32v add_product(f32v sum, u32v a, u32v b) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "vm"(b));
   return sum;
