@@ -58,6 +58,20 @@ def _gpu_run(record: dict) -> str:
     return "\n".join(lines)
 
 
+def exchange_table() -> str:
+    """The committed run over several GPUs."""
+    record = json.loads((RESULTS / "exchange.json").read_text())
+    machine = record["machine"]
+    lines = [
+        f"{machine['devices']} x {machine['device']}, JAX {machine['jax']}.",
+        "",
+        "| | tokens | us | GB/s a rank |",
+        "|---|---|--:|--:|",
+        *(f"| {r['name']} | {r['shape']} | {r['us']:.0f} | {r['gbytes']:.1f} |" for r in record["rows"]),
+    ]
+    return "\n".join(lines)
+
+
 def summary() -> str:
     """One line a family: its rows' smallest, median and largest gain."""
     lines = ["| ops | rows | least gain over XLA | median | most |", "|---|--:|--:|--:|--:|"]

@@ -1,4 +1,4 @@
-"""Puts the tables of the committed benchmark results into the pages: {{ results NAME }}, {{ results gpu }}."""
+"""Puts the tables of committed benchmark results into the pages: {{ results NAME }}, NAME a family, gpu or exchange."""
 
 import pathlib
 import re
@@ -10,7 +10,12 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import report  # noqa: E402
 
 
+TABLES = {"gpu": report.gpu_table, "exchange": report.exchange_table}
+
+
 def on_page_markdown(markdown, **_):
-    return re.sub(
-        r"\{\{ results (\S+) \}\}", lambda m: report.gpu_table() if m[1] == "gpu" else report.table(m[1]), markdown
-    )
+    def table(match):
+        name = match[1]
+        return TABLES[name]() if name in TABLES else report.table(name)
+
+    return re.sub(r"\{\{ results (\S+) \}\}", table, markdown)

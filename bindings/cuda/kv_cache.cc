@@ -38,27 +38,28 @@ ffi::Error kv_cache_append(cuda::Stream stream, Buffer cache, Buffer rows, Buffe
              "rows, those of the cache and their width must be int32");
   check.dtype("the result", *out, {cache.element_type()});
   check.shape("the result", *out, {pages, page, row});
-  check.that(cache.untyped_data() == out->untyped_data() || cache.element_count() == 0,
-             "the result must be an alias of the cache");
   check.that(aligned({rows.untyped_data(), out->untyped_data()}), "every buffer must be aligned to 16 bytes");
   if (check.failed()) return check.error();
 
-  return to_error("kv_cache_append", cuda::kv_cache_append({.cache = out->untyped_data(),
-                                                            .rows = rows.untyped_data(),
-                                                            .rows_type = float_of(rows.element_type()),
-                                                            .cache_type = float_of(cache.element_type()),
-                                                            .packed = packed,
-                                                            .block_table = block_table.typed_data<int32_t>(),
-                                                            .positions = positions.typed_data<int32_t>(),
-                                                            .latent = latent_dim,
-                                                            .width = width,
-                                                            .row_bytes = row,
-                                                            .batch = batch,
-                                                            .tokens = tokens,
-                                                            .pages = pages,
-                                                            .page = page,
-                                                            .table_pages = table_pages},
-                                                           stream));
+  return to_error("kv_cache_append",
+                  cuda::kv_cache_append({.cache = out->untyped_data(),
+                                         // Inside a loop XLA may trace a CUDA graph without the alias.
+                                         .initial = cache.untyped_data(),
+                                         .rows = rows.untyped_data(),
+                                         .rows_type = float_of(rows.element_type()),
+                                         .cache_type = float_of(cache.element_type()),
+                                         .packed = packed,
+                                         .block_table = block_table.typed_data<int32_t>(),
+                                         .positions = positions.typed_data<int32_t>(),
+                                         .latent = latent_dim,
+                                         .width = width,
+                                         .row_bytes = row,
+                                         .batch = batch,
+                                         .tokens = tokens,
+                                         .pages = pages,
+                                         .page = page,
+                                         .table_pages = table_pages},
+                                        stream));
 }
 
 }  // namespace

@@ -41,6 +41,8 @@ Error prepare_from() {
 }  // namespace
 
 Error kv_cache_append(const KvCacheAppend& g, Stream stream) {
+  int64_t element = g.cache_type == Float::float32 ? 4 : 2, row_bytes = g.packed ? g.row_bytes : g.width * element;
+  if (Error error = copy(g.cache, g.initial, g.pages * g.page * row_bytes, stream); !error.empty()) return error;
   if (g.batch * g.tokens * g.width == 0 || g.pages * g.page * g.table_pages == 0) return {};
   return with_type(g.rows_type, [&](auto from) {
     if (g.packed) return append<decltype(from), Packed>(g, stream);

@@ -12,8 +12,9 @@ namespace jaxkern::cuda {
 // for each 128 of them and the others as bfloat16; its bytes are then a multiple of 4, as is latent. rows and cache are
 // aligned to 16 bytes.
 struct KvCacheAppend {
-  void* cache;       // [pages, page, width] of cache_type, or if packed [pages, page, row_bytes]
-  const void* rows;  // [batch, tokens, width]
+  void* cache;          // [pages, page, width] of cache_type, or if packed [pages, page, row_bytes]
+  const void* initial;  // what it holds before: itself, or else the array that is copied to it
+  const void* rows;     // [batch, tokens, width]
   Float rows_type, cache_type;
   bool packed;
   const int32_t* block_table;  // [batch, table_pages]
