@@ -9,7 +9,6 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import report  # noqa: E402
 
-
 TABLES = {"gpu": report.gpu_table, "exchange": report.exchange_table}
 
 
