@@ -1,4 +1,4 @@
-"""Puts the tables of committed benchmark results into the pages: {{ results NAME }}, NAME a family, gpu or exchange."""
+"""Puts tables into the pages: {{ results NAME }} of committed results, {{ plan NAME }} of what is computed."""
 
 import pathlib
 import re
@@ -7,7 +7,7 @@ import sys
 ROOT = pathlib.Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import report  # noqa: E402
+from benchmarks import plan, report  # noqa: E402
 
 TABLES = {"gpu": report.gpu_table, "exchange": report.exchange_table}
 
@@ -17,4 +17,5 @@ def on_page_markdown(markdown, **_):
         name = match[1]
         return TABLES[name]() if name in TABLES else report.table(name)
 
+    markdown = re.sub(r"\{\{ plan (\S+) \}\}", lambda m: plan.TABLES[m[1]](), markdown)
     return re.sub(r"\{\{ results (\S+) \}\}", table, markdown)

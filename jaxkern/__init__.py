@@ -10,6 +10,7 @@ from jaxkern.linear import fp8_grouped_linear, fp8_linear
 from jaxkern.mla import merge_attention, mla_decode, mla_prefill
 from jaxkern.moe import combine, dispatch, replay, route
 from jaxkern.paging import OutOfPages, PageAllocator
+from jaxkern.plan import Plan, plan
 from jaxkern.quantize import ScaledArray, dequantize, quantize, quantize_along_tokens, swiglu_quantize
 from jaxkern.sums import sum_in_order
 
@@ -19,6 +20,7 @@ __all__ = [
     "DISABLE_JAX_EXPORT_CHECKS",
     "OutOfPages",
     "PageAllocator",
+    "Plan",
     "ScaledArray",
     "combine",
     "dequantize",
@@ -34,6 +36,7 @@ __all__ = [
     "merge_attention",
     "mla_decode",
     "mla_prefill",
+    "plan",
     "quantize",
     "quantize_along_tokens",
     "replay",

@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxkern import _ffi, reference
 from jaxkern._check import FLOATS, INT32, Sizes
-from jaxkern.plan import plan as plan
+from jaxkern.plan import plan as plan  # where one looks for it
 from jaxkern.quantize import ScaledArray, ScaleFormat, check_scale_format, check_scaled, scaled
 from jaxkern.quantize import quantize as quantize_rows
 from jaxkern.sums import sum_in_order
