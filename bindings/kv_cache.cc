@@ -1,6 +1,7 @@
 #include "cpu/kv_cache.h"
 
 #include "bindings/common.h"
+#include "bindings/kv_cache.h"
 
 namespace jaxkern {
 namespace {
@@ -10,31 +11,7 @@ using enum ffi::DataType;
 ffi::Error kv_cache_append(ffi::ThreadPool pool, Buffer cache, Buffer rows, Buffer block_table, Buffer positions,
                            Result out, int64_t latent_dim) {
   Check check("kv_cache_append");
-  check.rank("cache", cache, 3);
-  check.rank("rows", rows, 3);
-  check.rank("block_table", block_table, 2);
-  check.that(is_size(latent_dim), "latent_dim must be a positive int32");
-  if (check.failed()) return check.error();
-  int64_t pages = cache.dimensions()[0], page = cache.dimensions()[1], row = cache.dimensions()[2];
-  int64_t batch = rows.dimensions()[0], tokens = rows.dimensions()[1], width = rows.dimensions()[2];
-  int64_t table_pages = block_table.dimensions()[1];
-  bool packed = cache.element_type() == U8;
-  if (packed) {
-    check.that(latent_dim <= width && latent_dim % 4 == 0,
-               "latent_dim must be a multiple of 4 and at most rows' width");
-    row = latent_dim + 4 * blocks_of(latent_dim, 128) + 2 * (width - latent_dim);
-  } else {
-    row = width;
-  }
-  check.dtype("cache", cache, {F32, BF16, F16, U8});
-  check.shape("cache", cache, {pages, page, row});
-  check.dtype("rows", rows, {F32, BF16, F16});
-  check.dtype("block_table", block_table, {S32});
-  check.shape("block_table", block_table, {batch, table_pages});
-  check.dtype("positions", positions, {S32});
-  check.shape("positions", positions, {batch, tokens});
-  check.dtype("the result", *out, {cache.element_type()});
-  check.shape("the result", *out, {pages, page, row});
+  AppendSizes s = check_append(check, cache, rows, block_table, positions, *out, latent_dim);
   check.that(cache.untyped_data() == out->untyped_data() || cache.element_count() == 0,
              "the result must be an alias of the cache");
   if (check.failed()) return check.error();
@@ -44,16 +21,16 @@ ffi::Error kv_cache_append(ffi::ThreadPool pool, Buffer cache, Buffer rows, Buff
                         .rows_type = dtype_of(rows.element_type()),
                         .block_table = static_cast<const int32_t*>(block_table.untyped_data()),
                         .positions = static_cast<const int32_t*>(positions.untyped_data()),
-                        .packed = packed,
+                        .packed = s.packed,
                         .cache_type = dtype_of(cache.element_type()),
-                        .row_bytes = row * static_cast<int64_t>(ffi::ByteWidth(cache.element_type())),
-                        .width = width,
+                        .row_bytes = s.row * static_cast<int64_t>(ffi::ByteWidth(cache.element_type())),
+                        .width = s.width,
                         .latent = latent_dim,
-                        .pages = pages,
-                        .page = page,
-                        .table_pages = table_pages,
-                        .batch = batch,
-                        .tokens = tokens},
+                        .pages = s.pages,
+                        .page = s.page,
+                        .table_pages = s.table_pages,
+                        .batch = s.batch,
+                        .tokens = s.tokens},
                        threads_of(pool));
   return ffi::Error::Success();
 }

@@ -1,6 +1,7 @@
 #include "cpu/mla.h"
 
 #include "bindings/common.h"
+#include "bindings/mla.h"
 
 namespace jaxkern {
 namespace {
@@ -59,16 +60,7 @@ ffi::Error mla_decode(ffi::ThreadPool pool, Buffer q, Buffer cache, Buffer block
 
 ffi::Error merge_attention(ffi::ThreadPool pool, Buffer outs, Buffer lses, Result out, Result lse) {
   Check check("merge_attention");
-  check.rank("outs", outs, 3);
-  if (check.failed()) return check.error();
-  int64_t parts = outs.dimensions()[0], rows = outs.dimensions()[1], width = outs.dimensions()[2];
-  check.dtype("outs", outs, {F32, BF16, F16});
-  check.shape("lses", lses, {parts, rows});
-  check.dtype("lses", lses, {F32});
-  check.shape("out", *out, {rows, width});
-  check.dtype("out", *out, {outs.element_type()});
-  check.shape("lse", *lse, {rows});
-  check.dtype("lse", *lse, {F32});
+  MergeSizes s = check_merge(check, outs, lses, *out, *lse);
   if (check.failed()) return check.error();
 
   cpu::merge_attention({.outs = outs.untyped_data(),
@@ -76,9 +68,9 @@ ffi::Error merge_attention(ffi::ThreadPool pool, Buffer outs, Buffer lses, Resul
                         .lses = static_cast<const float*>(lses.untyped_data()),
                         .out = out->untyped_data(),
                         .lse = static_cast<float*>(lse->untyped_data()),
-                        .parts = parts,
-                        .rows = rows,
-                        .width = width},
+                        .parts = s.parts,
+                        .rows = s.rows,
+                        .width = s.width},
                        threads_of(pool));
   return ffi::Error::Success();
 }

@@ -142,8 +142,9 @@ void plant(Tree& tree, const SumRowsParams& p, int64_t token) {
 
 template <typename T, typename Out, typename Bias>
 void sum_token(const SumRowsParams& p, int64_t token) {
-  constexpr int kWide = 4;  // registers a step, to hide the latency of the additions
-  constexpr int64_t kAhead = 2560, step_bytes = kWide * kLanes * sizeof(T);
+  constexpr int kWide = 4;          // registers a step, to hide the latency of the additions
+  constexpr int64_t kAhead = 2560;  // bytes: rows lie apart, and the hardware starts anew with each
+  constexpr int64_t kStepBytes = kWide * kLanes * sizeof(T);
   Tree tree;
   plant(tree, p, token);
   Out* out = static_cast<Out*>(p.out) + token * p.hidden;
@@ -155,7 +156,7 @@ void sum_token(const SumRowsParams& p, int64_t token) {
     sums[0][0] = sums[0][1] = sums[0][2] = sums[0][3] = f32v{};
     for (int leaf = 0; leaf < tree.leaves; ++leaf) {
       const T* row = rows + tree.row[leaf] * p.hidden + i;
-      for (int64_t at = 0; at < step_bytes; at += 64)
+      for (int64_t at = 0; at < kStepBytes; at += 64)
         __builtin_prefetch(reinterpret_cast<const char*>(row) + kAhead + at, 0, 3);
       for (int w = 0; w < kWide; ++w) sums[leaf][w] = load(row + w * kLanes) * tree.weight[leaf];
     }

@@ -37,8 +37,8 @@ JAXKERN_INLINE __m512i load_bf16_lanes(const T* p, int64_t n) {
   return load_bf16(buffer);
 }
 
-// Only on Level::bf16 and above, as all that follows.
-// The two bytes of a bfloat16 for each of the 128 magnitudes of an e4m3.
+// Only on Level::bf16 and above, as all that follows: the two bytes of a bfloat16 for each of the 128 magnitudes of an
+// e4m3.
 struct PairTables {
   alignas(64) uint8_t low[128], high[128];
 };

@@ -471,8 +471,8 @@ def _forward(level, arrays, implementation, scale_format=None):
     if level.transport != "gather":
         return [_exchange(level, a) for a in _take(arrays, level.source, level.slots, implementation, scale_format)]
     if scale_format:
-        scaled = quantize_rows(arrays[0], scale_format=scale_format, implementation=implementation)
-        arrays = [scaled.values, scaled.scales]
+        x = quantize_rows(arrays[0], scale_format=scale_format, implementation=implementation)
+        arrays = [x.values, x.scales]
     arrays = [_as_integers(lambda a: jax.lax.all_gather(a, level.axis_name, tiled=True), a) for a in arrays]
     if level.select is not None:
         arrays = _take(arrays, level.select, level.select[:, None], implementation)

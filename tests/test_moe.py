@@ -297,3 +297,16 @@ def test_dispatch_errors():
     )
     with pytest.raises(ValueError, match="dispatch: the 4 ranks must divide num_experts=6"):
         jax.eval_shape(f, x)
+
+
+def test_copies_are_of_bits():
+    """Signalling NaNs, and both zeros, come as they are."""
+    bits = np.arange(2**16, dtype=np.uint16).reshape(512, 128)
+    ids, ones = np.arange(512, dtype=np.int32)[:, None] % 3, np.ones((512, 1), np.float32)
+    for implementation in IMPLEMENTATIONS:
+        received, handle = jax.jit(
+            lambda x, implementation=implementation: jaxkern.dispatch(
+                x, ids, ones, num_experts=3, implementation=implementation
+            )
+        )(bits.view(jnp.bfloat16))
+        np.testing.assert_array_equal(np.asarray(received).view(np.uint16), bits[np.asarray(handle.source)])

@@ -369,11 +369,18 @@ def collectives(shape, f, *arrays):
     for line in mapped.lower(*arrays).compile().as_text().splitlines():
         if match := COLLECTIVE.search(line):
             size = sum(BYTES[t] * math.prod(map(int, dims.split(","))) for t, dims in TYPE.findall(match[1]))
-            groups = re.search(r"replica_groups=(?:\{\{([\d,]+)\}|\[\d+,(\d+)\])(?:.*?)", line)
-            # A newer XLA may print the groups in another way.
-            count = None if groups is None else len(groups[1].split(",")) if groups[1] else int(groups[2])
-            found.append((match[2], count, size))
+            found.append((match[2], members(line), size))
     return sorted(found, key=lambda c: -c[2])
+
+
+def members(line):
+    """How many ranks exchange with each other: {{0,4},{1,5}}, [2,4]<=[8] or mesh['host'=2,'device'=4] {'host'}."""
+    groups = line.split("replica_groups=")[1]
+    if groups.startswith("mesh"):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", groups.split("] {")[1].split("}")[0]))
+    listed = re.match(r"\{\{([\d,]+)\}", groups)
+    return len(listed[1].split(",")) if listed else int(re.match(r"\[\d+,(\d+)\]", groups)[1])
 
 
 T8 = TOKENS // 8  # tokens of a rank
@@ -428,10 +435,8 @@ def test_what_crosses_hosts():
         return jaxkern.combine(received, handle), handle.dropped
 
     found = collectives(TWO_LEVELS, f, x, ids, weights)
-    if any(members is None for _, members, _ in found):
-        pytest.skip("this XLA does not print who takes part")
-    outer = collections.Counter((name, size) for name, members, size in found if members == 2)
-    inner = collections.Counter((name, size) for name, members, size in found if members == 4)
+    outer = collections.Counter((name, size) for name, ranks, size in found if ranks == 2)
+    inner = collections.Counter((name, size) for name, ranks, size in found if ranks == 4)
     assert sum(outer.values()) + sum(inner.values()) == len(found)
     rows = 2 * 3  # hosts x wire_capacity
     assert outer == collections.Counter(

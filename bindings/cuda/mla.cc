@@ -1,6 +1,7 @@
 #include "cuda/mla/mla.h"
 
 #include "bindings/cuda/launch.h"
+#include "bindings/mla.h"
 
 namespace jaxkern {
 namespace {
@@ -69,17 +70,8 @@ ffi::Error mla_decode(cuda::Stream stream, Buffer q, Buffer cache, Buffer block_
 
 ffi::Error merge_attention(cuda::Stream stream, Buffer outs, Buffer lses, Result out, Result lse) {
   Check check("merge_attention");
-  check.rank("outs", outs, 3);
-  if (check.failed()) return check.error();
-  int64_t parts = outs.dimensions()[0], rows = outs.dimensions()[1], width = outs.dimensions()[2];
-  check.dtype("outs", outs, {F32, BF16, F16});
-  check.shape("lses", lses, {parts, rows});
-  check.dtype("lses", lses, {F32});
-  check.shape("out", *out, {rows, width});
-  check.dtype("out", *out, {outs.element_type()});
-  check.shape("lse", *lse, {rows});
-  check.dtype("lse", *lse, {F32});
-  check.that(is_size(parts + 1) && is_size(width + (1 << 10)), "parts and width must be int32");
+  MergeSizes s = check_merge(check, outs, lses, *out, *lse);
+  check.that(is_size(s.parts + 1) && is_size(s.width + (1 << 10)), "parts and width must be int32");
   check.that(aligned({outs.untyped_data(), out->untyped_data()}), "every buffer must be aligned to 16 bytes");
   if (check.failed()) return check.error();
 
@@ -88,9 +80,9 @@ ffi::Error merge_attention(cuda::Stream stream, Buffer outs, Buffer lses, Result
                                                             .lses = lses.typed_data<float>(),
                                                             .out = out->untyped_data(),
                                                             .lse = lse->typed_data<float>(),
-                                                            .parts = parts,
-                                                            .rows = rows,
-                                                            .width = width},
+                                                            .parts = s.parts,
+                                                            .rows = s.rows,
+                                                            .width = s.width},
                                                            stream));
 }
 

@@ -48,9 +48,10 @@ def gather_rows(x, source, weights, *, top_k, weighted):
     t, h = x.shape
     valid = (source >= 0) & (source < t * top_k)
     index = jnp.where(valid, source, t * top_k)
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint8) if x.dtype.itemsize == 1 else x  # e8m0 has no zero but these bits
+    # As bits: e8m0 has no other zero, and XLA makes a signalling bfloat16 NaN a quiet one.
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
     rows = jnp.take(bits, index // top_k, axis=0, mode="fill", fill_value=0)
-    rows = jax.lax.bitcast_convert_type(rows, x.dtype) if x.dtype.itemsize == 1 else rows
+    rows = jax.lax.bitcast_convert_type(rows, x.dtype)
     if weighted:
         scale = jnp.take(weights.reshape(-1), index, mode="fill", fill_value=0)
         rows = jnp.where(valid[:, None], rows.astype(jnp.float32) * scale[:, None], 0).astype(x.dtype)
