@@ -276,7 +276,7 @@ def test_generation_with_dynamic_activations(dtype):
 
 @pytest.mark.slow
 def test_fp8_training_ends_where_bfloat16_does():
-    """The demo's model, 300 steps of each: no more than half a percent higher, or the program fails."""
+    """The demo's model, 300 steps of each, five times: no more than half a percent higher, or the program fails."""
     done = run_benchmark("benchmarks.training")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     print(done.stdout)
