@@ -28,10 +28,22 @@ from jax.experimental.layout import Format, Layout  # noqa: E402
 
 import jaxkern  # noqa: E402
 from benchmarks import common, kernels  # noqa: E402
+from jaxkern import _ffi, moe  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"  # gpu.json, or gpu.<family>.json of a run of one
-FAMILIES = ("gemm", "gemm_hopper", "quantize", "linear", "mla", "mla_hopper", "kv_cache", "contract")
+FAMILIES = (
+    "gemm",
+    "gemm_hopper",
+    "quantize",
+    "linear",
+    "mla",
+    "mla_hopper",
+    "kv_cache",
+    "moe",
+    "moe_hopper",
+    "contract",
+)
 TESTS = [f"tests/test_{name}.py" for name in FAMILIES]
 THROUGH_KERNELS = "(cuda or hopper) and not (implementation or falls_back or without)"
 CONFORMANCE = "tests/sim/conformance.cu"
@@ -87,7 +99,7 @@ class Row:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu")
     parser.add_argument("--plan", action="store_true", help="print what would run, and run nothing")
-    parser.add_argument("--family", choices=["gemm", "grouped", "mla", "quantize"], help="time this one alone")
+    parser.add_argument("--family", choices=["gemm", "grouped", "mla", "moe", "quantize"], help="time this one alone")
     parser.add_argument("--quick", action="store_true", help="fewer shapes")
     parser.add_argument("--no-tests", action="store_true", help="timings alone")
     parser.add_argument("--json", type=pathlib.Path, help="write the results to this file")
@@ -169,6 +181,9 @@ def cases(family: str | None, quick: bool) -> list[Case]:
             ]
         found += [mla_case(*size, varied=False) for size in lengths]
         found += [] if quick else [mla_case(128, 1, 128, 4096, varied=True), mla_case(128, 1, 16, 4096, varied=True)]
+    if family in (None, "moe"):
+        for tokens in (4096,) if quick else (4096, 128):
+            found += moe_cases(tokens, 7168, 256, 8)
     if family in (None, "quantize"):
         found += [quantize_case(4096, 7168, block_shape) for block_shape in ((1, 128), (128, 128))]
     return found
@@ -391,6 +406,68 @@ def quantize_case(m: int, k: int, block_shape: tuple[int, int]) -> Case:
     )
 
 
+def moe_cases(tokens: int, hidden: int, experts: int, top_k: int) -> list[Case]:
+    """The moves of rows on one device, with DeepEP's sizes; a token's experts are distinct and drawn evenly."""
+    rows = tokens * top_k
+
+    def tensors(seed, **arrays):
+        random = np.random.default_rng(seed)
+        ids = jnp.asarray(np.argsort(random.random((tokens, experts)), axis=1)[:, :top_k], jnp.int32)
+        options = {"num_groups": experts, "rows": rows, "slabs": False, "alignment": 1}
+        slots, source, *_ = _ffi.call(moe.ASSIGN_SLOTS, ids, implementation="xla", **options)
+        shared = {"ids": ids, "slots": slots, "source": source, "none": jnp.zeros((0, 0))}
+        shared["weights"] = jnp.asarray(random.random((tokens, top_k)), jnp.float32)
+        return shared | {name: jax.random.normal(jax.random.key(seed), shape, BF16) for name, shape in arrays.items()}
+
+    def case(name, op, names, flops=0, plain=None, results=1, arrays=None, **options):
+        def pick(t):
+            return tuple(t[name] for name in names.split())
+
+        def form(implementation):
+            run = functools.partial(_ffi.call, op, implementation=implementation, **options)
+            return Form(lambda *a: run(*a)[:results], pick, fp8=False)
+
+        forms = {"ours": form("cuda"), "XLA": form("xla")}
+        forms |= {label: Form(run, pick, fp8=False) for label, run in (plain or {}).items()}
+        shape = f"t{tokens} h{hidden} e{experts} k{top_k}"
+        return Case("moe", name, shape, flops, functools.partial(tensors, **(arrays or {})), forms, "XLA")
+
+    def take(x, source, _):
+        return (x[source // top_k],)
+
+    def take_and_sum(y, slots, keys, weights, _):
+        return (jnp.einsum("tkh,tk->th", y[slots].astype(jnp.float32), weights).astype(BF16),)
+
+    x, y, assign = {"x": (tokens, hidden)}, {"y": (rows, hidden)}, {"slabs": False, "alignment": 1, "rows": rows}
+    products = 2 * rows * hidden
+    return [
+        case("assign_slots", moe.ASSIGN_SLOTS, "ids", results=3, num_groups=experts, **assign),
+        case(
+            "gather_rows", moe.GATHER_ROWS, "x source none", plain={"take": take}, arrays=x, top_k=top_k, weighted=False
+        ),
+        case(
+            "gather_quantize_rows",
+            moe.GATHER_QUANTIZE_ROWS,
+            "x source slots",
+            results=2,
+            arrays=x,
+            top_k=top_k,
+            scale_format="float32",
+        ),
+        case(
+            "sum_rows",
+            moe.SUM_ROWS,
+            "y slots ids weights none",
+            products,
+            plain={"take, einsum": take_and_sum},
+            arrays=y,
+            num_keys=experts,
+            out_dtype="bfloat16",
+        ),
+        case("dot_rows", moe.DOT_ROWS, "y slots x", products, arrays=x | y),
+    ]
+
+
 def product(a, b):
     contract_k = (((1,), (1,)), ((), ()))
     return jax.lax.dot_general(a, b, contract_k, preferred_element_type=BF16)
@@ -573,7 +650,7 @@ def compare(case: Case, results: dict) -> float | None:
     pair = (results["ours"], other)
     if case.family == "quantize":
         pair = [jaxkern.dequantize(x, implementation="xla") for x in pair]
-    return float(difference(*pair))
+    return max(float(difference(x, y)) for x, y in zip(*map(jax.tree.leaves, pair), strict=True))
 
 
 @jax.jit

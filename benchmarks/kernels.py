@@ -303,6 +303,9 @@ TOKENS = (20, 0, 129)
 DECODED = [(1, 128, 64, (700, 0, 130), None), (2, 40, 16, (300, 65), 3)]
 APPENDED = (4, 16, 64)  # requests, their new tokens, keys in a page
 MERGED = (3, 50, 512)
+ROUTED = (40, 256, 8)  # tokens, experts, groups
+# Tokens, width, experts, choices: blocks of threads that share the assignments, no vectors, a deep tree of sums.
+MOVED = [(300, 1032, 256, 8), (20, 77, 5, 3), (12, 132, 1 << 20, 40)]
 
 
 def simulate(seeds: int = 8) -> tuple[dict[str, Row], str]:
@@ -315,6 +318,7 @@ def simulate(seeds: int = 8) -> tuple[dict[str, Row], str]:
         kv_cache,
         merge_attention,
         mla_decode,
+        moe,
         quantize,
         quantize_along_tokens,
         swiglu_quantize,
@@ -375,6 +379,30 @@ def simulate(seeds: int = 8) -> tuple[dict[str, Row], str]:
             check(functools.partial(kv_cache.append, cache, rows, table, positions), rtol=0)
         outs, lses = normal(*MERGED).astype(dtype), normal(*MERGED[:-1])
         check(functools.partial(merge_attention, outs, lses), rtol=2.0**-7, atol=1e-5)
+    op = functools.partial(functools.partial, _ffi.call)
+    tokens, experts, groups = ROUTED
+    route = op(moe.ROUTE, normal(tokens, experts), normal(experts), num_groups=groups, topk_groups=groups // 2, top_k=8)
+    check(route, rtol=0)
+    for tokens, width, experts, top_k in MOVED:
+        groups, rows = min(experts, 1000), tokens * top_k // 2
+
+        ids, keys = (random.integers(-1, n, (tokens, top_k)).astype(np.int32) for n in (groups, experts))
+        assign = op(moe.ASSIGN_SLOTS, ids, num_groups=groups, rows=rows, slabs=False, alignment=4)
+        check(assign, rtol=0)
+        slots, source, *_ = assign(implementation="cpu")
+        weights, none = normal(tokens, top_k), jnp.zeros((0, 0))
+        for x in (normal(tokens, width), normal(tokens, width).astype(jnp.bfloat16)):
+            y = normal(rows, width).astype(x.dtype)
+            check(op(moe.GATHER_ROWS, x, source, none, top_k=top_k, weighted=False), rtol=0)
+            check(op(moe.GATHER_ROWS, x, source, weights, top_k=top_k, weighted=True), rtol=0)
+            check(op(moe.GATHER_QUANTIZE_ROWS, x, source, slots, top_k=top_k, scale_format="float32"), rtol=0)
+            for to in (jnp.float32, jnp.bfloat16):
+                bias = normal(tokens, width).astype(to)
+                add = op(moe.SUM_ROWS, y, slots, keys, weights, bias, num_keys=experts, out_dtype=bias.dtype.name)
+                check(add, rtol=0)
+                check(op(moe.DOT_ROWS, y, slots, bias), rtol=1e-5, atol=1e-3)
+        bytes_ = random.integers(0, 256, (tokens, width)).astype(np.uint8)
+        check(op(moe.GATHER_ROWS, bytes_, source, none, top_k=top_k, weighted=False), rtol=0)
     _ffi.SIM.configure()
     return simulator_rows(json.loads(_ffi.SIM.statistics())), ""
 

@@ -1,6 +1,7 @@
 #include "cpu/moe.h"
 
 #include "bindings/common.h"
+#include "bindings/moe.h"
 
 namespace jaxkern {
 namespace {
@@ -15,24 +16,14 @@ T* data(const Buffer& buffer) {
 ffi::Error route(ffi::ThreadPool pool, Buffer scores, Buffer bias, Result expert_ids, int64_t num_groups,
                  int64_t topk_groups, int64_t top_k) {
   Check check("route");
-  check.rank("scores", scores, 2);
-  if (check.failed()) return check.error();
-  int64_t tokens = scores.dimensions()[0], experts = scores.dimensions()[1];
-  check.dtype("scores", scores, {F32});
-  check.dtype("bias", bias, {F32});
-  check.shape("bias", bias, {experts});
-  check.dtype("expert_ids", *expert_ids, {S32});
-  check.shape("expert_ids", *expert_ids, {tokens, top_k});
-  check.that(num_groups > 0 && experts % num_groups == 0, "num_groups must divide the experts");
-  check.that(0 < topk_groups && topk_groups <= num_groups, "topk_groups must be in 1..num_groups");
-  check.that(0 < top_k && top_k <= experts, "top_k must be in 1..experts");
+  RouteSizes s = check_route(check, scores, bias, *expert_ids, num_groups, topk_groups, top_k);
   if (check.failed()) return check.error();
 
   cpu::route({.scores = data<const float>(scores),
               .bias = data<const float>(bias),
               .expert_ids = data<int32_t>(*expert_ids),
-              .tokens = tokens,
-              .experts = experts,
+              .tokens = s.tokens,
+              .experts = s.experts,
               .num_groups = num_groups,
               .topk_groups = topk_groups,
               .top_k = top_k},
@@ -43,17 +34,7 @@ ffi::Error route(ffi::ThreadPool pool, Buffer scores, Buffer bias, Result expert
 ffi::Error assign_slots(ffi::ThreadPool pool, Buffer ids, Result slots, Result source, Result sizes, Result dropped,
                         int64_t num_groups, int64_t slabs, int64_t alignment) {
   Check check("assign_slots");
-  check.rank("ids", ids, 2);
-  check.rank("source", *source, 1);
-  if (check.failed()) return check.error();
-  int64_t tokens = ids.dimensions()[0], top_k = ids.dimensions()[1], rows = source->dimensions()[0];
-  check.dtype("ids", ids, {S32});
-  check.shape("slots", *slots, {tokens, top_k});
-  check.shape("sizes", *sizes, {num_groups});
-  check.shape("dropped", *dropped, {num_groups});
-  for (Result result : {slots, source, sizes, dropped}) check.dtype("a result", *result, {S32});
-  check.that(is_size(num_groups) && is_size(alignment), "num_groups and alignment must be positive int32");
-  check.that(rows <= INT32_MAX && tokens * top_k <= INT32_MAX, "rows and assignments must fit int32");
+  SlotSizes s = check_assign_slots(check, ids, *slots, *source, *sizes, *dropped, num_groups, alignment);
   if (check.failed()) return check.error();
 
   cpu::assign_slots({.ids = data<const int32_t>(ids),
@@ -61,9 +42,9 @@ ffi::Error assign_slots(ffi::ThreadPool pool, Buffer ids, Result slots, Result s
                      .source = data<int32_t>(*source),
                      .sizes = data<int32_t>(*sizes),
                      .dropped = data<int32_t>(*dropped),
-                     .assignments = tokens * top_k,
+                     .assignments = s.tokens * s.top_k,
                      .num_groups = num_groups,
-                     .rows = rows,
+                     .rows = s.rows,
                      .alignment = alignment,
                      .slabs = slabs != 0},
                     threads_of(pool));
@@ -73,20 +54,7 @@ ffi::Error assign_slots(ffi::ThreadPool pool, Buffer ids, Result slots, Result s
 ffi::Error gather_rows(ffi::ThreadPool pool, Buffer x, Buffer source, Buffer weights, Result out, int64_t top_k,
                        int64_t weighted) {
   Check check("gather_rows");
-  check.rank("x", x, 2);
-  check.rank("source", source, 1);
-  if (check.failed()) return check.error();
-  int64_t tokens = x.dimensions()[0], hidden = x.dimensions()[1], rows = source.dimensions()[0];
-  check.dtype("source", source, {S32});
-  check.shape("out", *out, {rows, hidden});
-  check.dtype("out", *out, {x.element_type()});
-  check.that(is_size(top_k), "top_k must be a positive int32");
-  check.dtype("x", x, {F32, BF16, F16, S32, U8, F8E4M3FN, F8E8M0FNU});
-  if (weighted) {
-    check.dtype("x", x, {F32, BF16});
-    check.dtype("weights", weights, {F32});
-    check.shape("weights", weights, {tokens, top_k});
-  }
+  GatherSizes s = check_gather_rows(check, x, source, weights, *out, top_k, weighted);
   if (check.failed()) return check.error();
 
   cpu::gather_rows({.x = x.untyped_data(),
@@ -95,10 +63,10 @@ ffi::Error gather_rows(ffi::ThreadPool pool, Buffer x, Buffer source, Buffer wei
                     .out = out->untyped_data(),
                     .type = dtype_of(x.element_type()),
                     .element_size = static_cast<int64_t>(ffi::ByteWidth(x.element_type())),
-                    .tokens = tokens,
-                    .top_k = top_k,
-                    .hidden = hidden,
-                    .rows = rows},
+                    .tokens = s.tokens,
+                    .top_k = s.top_k,
+                    .hidden = s.hidden,
+                    .rows = s.rows},
                    threads_of(pool));
   return ffi::Error::Success();
 }
@@ -106,19 +74,7 @@ ffi::Error gather_rows(ffi::ThreadPool pool, Buffer x, Buffer source, Buffer wei
 ffi::Error gather_quantize_rows(ffi::ThreadPool pool, Buffer x, Buffer source, Buffer slots, Result values,
                                 Result scales, int64_t top_k, std::string_view scale_format) {
   Check check("gather_quantize_rows");
-  check.rank("x", x, 2);
-  check.rank("source", source, 1);
-  check.that(is_size(top_k), "top_k must be a positive int32");
-  if (check.failed()) return check.error();
-  int64_t tokens = x.dimensions()[0], hidden = x.dimensions()[1], rows = source.dimensions()[0];
-  check.dtype("x", x, {F32, BF16});
-  check.dtype("source", source, {S32});
-  check.dtype("slots", slots, {S32});
-  check.shape("slots", slots, {tokens, top_k});
-  check.shape("values", *values, {rows, hidden});
-  check.dtype("values", *values, {F8E4M3FN});
-  check.shape("scales", *scales, {rows, blocks_of(hidden, 128)});
-  check.dtype("scales", *scales, {scale_format == "ue8m0" ? F8E8M0FNU : F32});
+  GatherSizes s = check_gather_quantize_rows(check, x, source, slots, *values, *scales, top_k, scale_format);
   if (check.failed()) return check.error();
 
   cpu::gather_quantize_rows({.x = x.untyped_data(),
@@ -129,34 +85,18 @@ ffi::Error gather_quantize_rows(ffi::ThreadPool pool, Buffer x, Buffer source, B
                              .scales = scales->untyped_data(),
                              .scale_type = dtype_of(scales->element_type()),
                              .power_of_two = scale_format != "float32",
-                             .tokens = tokens,
-                             .top_k = top_k,
-                             .hidden = hidden,
-                             .rows = rows},
+                             .tokens = s.tokens,
+                             .top_k = s.top_k,
+                             .hidden = s.hidden,
+                             .rows = s.rows},
                             threads_of(pool));
   return ffi::Error::Success();
 }
 
-// bias is [0, 0] where there is none.
 ffi::Error sum_rows(ffi::ThreadPool pool, Buffer rows, Buffer slots, Buffer keys, Buffer weights, Buffer bias,
                     Result out, int64_t num_keys, std::string_view) {
   Check check("sum_rows");
-  check.rank("rows", rows, 2);
-  check.rank("slots", slots, 2);
-  if (check.failed()) return check.error();
-  int64_t num_rows = rows.dimensions()[0], hidden = rows.dimensions()[1];
-  int64_t tokens = slots.dimensions()[0], top_k = slots.dimensions()[1];
-  check.dtype("rows", rows, {F32, BF16});
-  check.dtype("slots", slots, {S32});
-  check.dtype("keys", keys, {S32});
-  check.shape("keys", keys, {tokens, top_k});
-  check.dtype("weights", weights, {F32});
-  check.shape("weights", weights, {tokens, top_k});
-  check.dtype("bias", bias, {F32, BF16});
-  if (bias.element_count() > 0) check.shape("bias", bias, {tokens, hidden});
-  check.dtype("out", *out, {F32, BF16});
-  check.shape("out", *out, {tokens, hidden});
-  check.that(top_k <= cpu::kMaxTopK, "slots must hold at most 64 choices a token");
+  SumSizes s = check_sum_rows(check, rows, slots, keys, weights, bias, *out);
   if (check.failed()) return check.error();
 
   cpu::sum_rows({.rows = rows.untyped_data(),
@@ -168,28 +108,18 @@ ffi::Error sum_rows(ffi::ThreadPool pool, Buffer rows, Buffer slots, Buffer keys
                  .bias_type = dtype_of(bias.element_type()),
                  .out = out->untyped_data(),
                  .out_type = dtype_of(out->element_type()),
-                 .num_rows = num_rows,
+                 .num_rows = s.num_rows,
                  .num_keys = num_keys,
-                 .tokens = tokens,
-                 .top_k = top_k,
-                 .hidden = hidden},
+                 .tokens = s.tokens,
+                 .top_k = s.top_k,
+                 .hidden = s.hidden},
                 threads_of(pool));
   return ffi::Error::Success();
 }
 
 ffi::Error dot_rows(ffi::ThreadPool pool, Buffer rows, Buffer slots, Buffer x, Result out) {
   Check check("dot_rows");
-  check.rank("rows", rows, 2);
-  check.rank("slots", slots, 2);
-  if (check.failed()) return check.error();
-  int64_t num_rows = rows.dimensions()[0], hidden = rows.dimensions()[1];
-  int64_t tokens = slots.dimensions()[0], top_k = slots.dimensions()[1];
-  check.dtype("rows", rows, {F32, BF16});
-  check.dtype("slots", slots, {S32});
-  check.dtype("x", x, {F32, BF16});
-  check.shape("x", x, {tokens, hidden});
-  check.dtype("out", *out, {F32});
-  check.shape("out", *out, {tokens, top_k});
+  SumSizes s = check_dot_rows(check, rows, slots, x, *out);
   if (check.failed()) return check.error();
 
   cpu::dot_rows({.rows = rows.untyped_data(),
@@ -198,10 +128,10 @@ ffi::Error dot_rows(ffi::ThreadPool pool, Buffer rows, Buffer slots, Buffer x, R
                  .x = x.untyped_data(),
                  .x_type = dtype_of(x.element_type()),
                  .out = data<float>(*out),
-                 .num_rows = num_rows,
-                 .tokens = tokens,
-                 .top_k = top_k,
-                 .hidden = hidden},
+                 .num_rows = s.num_rows,
+                 .tokens = s.tokens,
+                 .top_k = s.top_k,
+                 .hidden = s.hidden},
                 threads_of(pool));
   return ffi::Error::Success();
 }

@@ -21,11 +21,12 @@ import numpy as np
 from jaxkern import _ffi, reference
 from jaxkern._check import FLOATS, INT32, Sizes
 from jaxkern.plan import plan as plan  # where one looks for it
-from jaxkern.quantize import ScaledArray, ScaleFormat, check_scale_format, check_scaled, scaled
+from jaxkern.quantize import ScaledArray, ScaleFormat, check_scale_format, check_scaled, scaled, too_many_groups
 from jaxkern.quantize import quantize as quantize_rows
 from jaxkern.sums import sum_in_order
 
 MAX_TOP_K = 64  # what the kernels hold in registers and on the stack
+MOST_EXPERTS = 1024  # that a Hopper kernel chooses from
 LAYOUTS = ("expert", "rank", "masked")
 TRANSPORTS = ("all_to_all", "ragged", "gather")
 REDUCTIONS = ("rank", "expert")
@@ -53,7 +54,7 @@ def route(
         sum + 1e-20 if `normalize`, times `scale`.
     Sharding: shard_map over tokens.
     Gradient: of the weights, to the logits. The choice and the bias have none: the bias is moved by the load.
-    Implementations: cpu, xla.
+    Implementations: cpu, xla, cuda, sim; the latter two take at most 1024 experts.
     Errors: TypeError for a dtype, ValueError for a shape, groups that do not divide the experts, or top_k experts that
         topk_groups groups do not hold.
     Source: DeepSeek-V3 report, section 2.1.2, equations 12 to 16.
@@ -199,7 +200,7 @@ def dispatch(
         less. What is received is the same to the bit.
     Gradient: to x, where it is not quantised, and, through the handle, to the weights; the gradient of dispatch is an
         unweighted combine.
-    Implementations: cpu, xla.
+    Implementations: cpu, xla, cuda, sim; the latter two take at most 1024 experts of one device.
     Errors: TypeError for a dtype, ValueError for a shape, ranks that do not divide the experts, an unknown name, or a
         capacity that the layout or the transport has no use for; NotImplementedError for "ragged" on a CPU.
     Source: DeepSeek-V3 report, section 3.2; DeepEP's `dispatch`, plain, expanded and low-latency.
@@ -310,7 +311,7 @@ def combine(
         is summed at the token along the same tree: the same bits on any number of ranks.
     Sharding: as the dispatch that made the handle; the way back is all_to_all, or ragged if the way there was.
     Gradient: to y, bias and the dispatch's weights; the gradient of combine is a weighted `replay`.
-    Implementations: cpu, xla; the one that dispatch ran.
+    Implementations: cpu, xla, cuda, sim; the one that dispatch ran.
     Errors: TypeError for a dtype, ValueError for other rows than the dispatch had, an unknown reduction, or weights or
         experts' rows asked of layout "rank".
     Source: DeepSeek-V3 report, section 3.2; DeepEP's `combine`.
@@ -352,7 +353,7 @@ def replay(
         rounded once: the gradient of `combine`.
     Sharding: as the dispatch that made the handle.
     Gradient: to x, where it is not quantised, and to the weights if they count.
-    Implementations: cpu, xla; the one that dispatch ran.
+    Implementations: cpu, xla, cuda, sim; the one that dispatch ran.
     Errors: as `dispatch`; ValueError for weights with layout "rank" or quantised rows.
     Source: DeepEP's `dispatch` with a handle.
     """
@@ -708,10 +709,21 @@ def _ceil_to(x, multiple):
     return -(-x // multiple) * multiple
 
 
+def _hopper_refuses_route(scores, *_, **__):
+    experts = scores.shape[1]
+    many = isinstance(experts, int) and experts > MOST_EXPERTS
+    return f"there must be at most {MOST_EXPERTS} experts, got {experts}" if many else ""
+
+
 ROUTE = _ffi.Op(
     "route",
     lambda scores, bias, *, top_k, **_: [((scores.shape[0], top_k), jnp.int32)],
     reference.route,
+    hopper=_ffi.Kernel(
+        layouts=lambda **_: ((None, None), (None,)),
+        attributes=("num_groups", "topk_groups", "top_k"),
+        refuses=_hopper_refuses_route,
+    ),
 )
 
 # expert_ids int32 [t, k] -> slots [t, k], source [rows], group_sizes [groups], dropped [groups].
@@ -727,6 +739,12 @@ ASSIGN_SLOTS = _ffi.Op(
     reference.assign_slots,
     part_of="dispatch",
     sizes=("rows",),
+    hopper=_ffi.Kernel(
+        layouts=lambda **_: ((None,), (None,) * 4),
+        attributes=("num_groups", "slabs", "alignment"),
+        refuses=lambda ids, *, num_groups, **_: too_many_groups(num_groups, 0),
+        workspaces=lambda ids, *, num_groups, **_: [((64, num_groups), jnp.int32)],  # counts: see cuda/moe/moe.h
+    ),
 )
 
 # x [t, h] of any dtype, source int32 [rows], weights float32 [t, k] or [0, 0] -> [rows, h]: row i is
@@ -736,6 +754,7 @@ GATHER_ROWS = _ffi.Op(
     lambda x, source, weights, **_: [((source.shape[0], x.shape[1]), x.dtype)],
     reference.gather_rows,
     part_of="dispatch, combine",
+    hopper=_ffi.Kernel(layouts=lambda **_: ((None,) * 3, (None,)), attributes=("top_k", "weighted")),
 )
 
 # x [t, h] float32 or bfloat16, source int32 [rows], slots int32 [t, k] -> values float8_e4m3fn [rows, h], scales
@@ -748,6 +767,10 @@ GATHER_QUANTIZE_ROWS = _ffi.Op(
     ),
     reference.gather_quantize_rows,
     part_of="dispatch",
+    hopper=_ffi.Kernel(
+        layouts=lambda **_: ((None,) * 3, (None, (1, 0))),  # the scales as the grouped product loads them
+        attributes=("top_k", "scale_format"),
+    ),
 )
 
 # rows [c, h], slots and keys int32 [t, k], weights float32 [t, k], bias [t, h] or [0, 0] for none -> [t, h]: the sum
@@ -758,6 +781,7 @@ SUM_ROWS = _ffi.Op(
     reference.sum_rows,
     part_of="dispatch, combine",
     cpu=2,
+    hopper=_ffi.Kernel(layouts=lambda **_: ((None,) * 5, (None,)), attributes=("num_keys",)),
 )
 
 # rows [c, h], slots int32 [t, k], x [t, h] -> float32 [t, k]: the dot product of x[t] with rows[slots[t, j]].
@@ -766,4 +790,5 @@ DOT_ROWS = _ffi.Op(
     lambda rows, slots, x: [(slots.shape, jnp.float32)],
     reference.dot_rows,
     part_of="combine",
+    hopper=_ffi.Kernel(layouts=lambda **_: ((None,) * 3, (None,))),
 )

@@ -591,6 +591,7 @@ CASES = [
         symbolic=("t, 24", "t, 3", "t, 3"),
         mismatch=(("expert_ids", 0), ("weights", 1)),
         primitive="jaxkern_gather_rows",
+        hopper_parts=("assign_slots", "gather_rows"),
         exact=True,
     ),
     Case(
@@ -602,6 +603,7 @@ CASES = [
         grad=("x", "weights"),
         symbolic=("t, 24", "t, 3", "t, 3"),
         primitive="jaxkern_sum_rows",
+        hopper_parts=("assign_slots", "gather_rows", "sum_rows"),
         sharded_call=lambda *arrays, **kwargs: _combine(*arrays, axis_name="x", **kwargs),
     ),
     Case(
@@ -614,6 +616,7 @@ CASES = [
         symbolic=("t, 24", "t, 3", "t, 3", "t, 24"),
         mismatch=(("bias", 0), ("bias", 1)),
         primitive="jaxkern_sum_rows",
+        hopper_parts=("assign_slots", "gather_rows", "sum_rows"),
         sharded_call=lambda *arrays, **kwargs: _combine_by_expert(*arrays, axis_name="x", **kwargs),
         variant="expert",
     ),
@@ -626,6 +629,7 @@ CASES = [
         unsharded_call=_in_parts(_dispatch_fp8, 0, 0, 0),
         symbolic=("t, 24", "t, 3", "t, 3"),
         primitive="jaxkern_gather_quantize_rows",
+        hopper_parts=("assign_slots", "gather_quantize_rows"),
         exact=True,
         variant="fp8",
     ),
@@ -639,6 +643,7 @@ CASES = [
         grad=("x", "weights"),
         symbolic=("t, 24", "t, 3", "t, 3"),
         primitive="jaxkern_gather_rows",
+        hopper_parts=("assign_slots", "gather_rows"),
         exact=True,
         variant="masked",
     ),
@@ -658,6 +663,10 @@ HOPPER = [
         "fp8_grouped_linear",
         "kv_cache.append",
         "merge_attention",
+        "route",
+        "dispatch",
+        "combine",
+        "replay",
     )
     or case.id
     in (

@@ -22,6 +22,8 @@ class FakeClock(gpu.Clock):
 
 def case_without_gpu(case):
     """Our op by its reference, and without torch."""
+    if case.family == "moe":
+        return dataclasses.replace(case, forms=case.forms | {"ours": case.forms["XLA"]})
     op = jaxkern.gemm if case.family == "gemm" else functools.partial(jaxkern.quantize, block_shape=(1, 128))
     ours = dataclasses.replace(case.forms["ours"], run=functools.partial(op, implementation="xla"))
     forms = {label: form for label, form in case.forms.items() if not form.torch}
@@ -31,7 +33,7 @@ def case_without_gpu(case):
 MACHINE = {"copy_bytes_per_s": 1e12, "bf16_flops_per_s": 1e14}
 
 
-@pytest.mark.parametrize("arguments, cases", [([], 74), (["--family", "quantize"], 2), (["--quick"], 20)])
+@pytest.mark.parametrize("arguments, cases", [([], 84), (["--family", "quantize"], 2), (["--quick"], 25)])
 def test_plan(arguments, cases, capsys):
     assert gpu.main(["--plan", *arguments]) == 0
     out = capsys.readouterr().out
@@ -56,6 +58,18 @@ def test_measured_rows():
     assert rows["XLA bf16 dot"].matrix_fraction == pytest.approx(2 * ours.matrix_fraction)
     quantize = case_without_gpu(gpu.quantize_case(16, 256, (1, 128)))
     assert gpu.measure(quantize, FakeClock(), MACHINE)[0].difference == 0
+
+
+def test_rows_of_the_moves():
+    for case in map(case_without_gpu, gpu.moe_cases(12, 256, 8, 3)):
+        rows = {row.form: row for row in gpu.measure(case, FakeClock(), MACHINE)}
+        assert list(rows) == list(case.forms) and all(row.us == 1000 for row in rows.values())
+        assert rows["ours"].difference < 1e-6
+        plain = {form.run(*form.pick(case.tensors(0)))[0].shape for form in case.forms.values()}
+        assert len(plain) == 1
+        if case.name == "gather_rows":
+            moved = 12 * 256 * 2 + 36 * 4 + 36 * 256 * 2
+            assert rows["ours"].gbytes == pytest.approx(moved / 1e-3 / 1e9)
 
 
 def test_what_cannot_run_is_told_and_the_rest_goes_on():

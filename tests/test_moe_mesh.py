@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract import HOPPER_IMPLEMENTATION
 from jax.sharding import PartitionSpec as P
 from test_moe import random_routing
 
@@ -109,7 +110,7 @@ ARRIVALS = [
 
 
 @pytest.mark.parametrize("shape, how", ARRIVALS, ids=str)
-@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+@pytest.mark.parametrize("implementation", ["cpu", "xla", *["sim"] * (HOPPER_IMPLEMENTATION == "sim")])
 def test_received_rows(shape, how, implementation):
     x, ids, weights = example()
     ranks = math.prod(shape)

@@ -25,7 +25,8 @@ PRODUCTS += ["bf16, B MN-major", "bf16, A in registers, B MN-major"]
 CONFORMANCE = [
     *("indices", "shfl, ballot, elect", "setmaxnreg", "loads and stores"),
     *(f"ldmatrix, stmatrix x{count}{how}" for count, how in product([1, 2, 4], ["", " transposed"])),
-    *("cvt_e4m3x2", "cvt_bf16x2", "cvt_f16x2", "to_float", "ex2", "lg2", "div", "rcp", "fma", "max_u16x2"),
+    *("cvt_e4m3x2", "cvt_bf16x2", "cvt_f16x2", "to_float", "ex2", "lg2", "div", "rcp", "mul", "fma", "popc"),
+    "max_u16x2",
     "counts of the simulator",
     *("mbarrier phases", "mbarrier bytes", "bar.sync, bar.arrive", "cluster", "cp.async.bulk"),
     *(f"cp.async {size}{how}" for size, how in product([4, 8, 16], ["", ", mbarrier"])),

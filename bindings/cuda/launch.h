@@ -7,8 +7,10 @@
 #include <initializer_list>
 #include <optional>
 #include <string>
+#include <string_view>
 
 #include "bindings/check.h"
+#include "cuda/quantize/quantize.h"
 #include "cuda/stream.h"
 
 #if JAXKERN_SIM
@@ -47,6 +49,12 @@ inline cuda::Float float_of(ffi::DataType type) {
   return type == ffi::DataType::BF16  ? cuda::Float::bfloat16
          : type == ffi::DataType::F16 ? cuda::Float::float16
                                       : cuda::Float::float32;
+}
+
+inline cuda::ScaleFormat scale_format_of(std::string_view name) {
+  return name == "ue8m0"          ? cuda::ScaleFormat::ue8m0
+         : name == "power_of_two" ? cuda::ScaleFormat::power_of_two
+                                  : cuda::ScaleFormat::float32;
 }
 
 inline ffi::Error to_error(const char* op, const cuda::Error& error) {

@@ -16,6 +16,12 @@ using namespace nb::literals;
   HANDLER(quantize, 1)              \
   HANDLER(quantize_along_tokens, 1) \
   HANDLER(swiglu_quantize, 1)       \
+  HANDLER(route, 1)                 \
+  HANDLER(assign_slots, 1)          \
+  HANDLER(gather_rows, 1)           \
+  HANDLER(gather_quantize_rows, 1)  \
+  HANDLER(sum_rows, 1)              \
+  HANDLER(dot_rows, 1)              \
   HANDLER(gemm, 1)                  \
   HANDLER(grouped_gemm, 1)          \
   HANDLER(k_grouped_gemm, 1)        \

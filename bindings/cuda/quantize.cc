@@ -9,12 +9,6 @@ namespace {
 
 using enum ffi::DataType;
 
-cuda::ScaleFormat scale_format_of(std::string_view name) {
-  return name == "ue8m0"          ? cuda::ScaleFormat::ue8m0
-         : name == "power_of_two" ? cuda::ScaleFormat::power_of_two
-                                  : cuda::ScaleFormat::float32;
-}
-
 // The scales of (1, 128) blocks lie with m contiguous, as in gemm.
 ffi::Error quantize(cuda::Stream stream, Buffer x, Result values, Result scales, ffi::Span<const int64_t> block_shape,
                     std::string_view scale_format) {

@@ -77,6 +77,12 @@ DEVICE float rcp(float x) {
   SIM(return 1 / x;)
 }
 
+// mul.rn: never part of an fma, whatever the compiler's flags. PTX 9.7.3.5.
+DEVICE float mul(float x, float y) {
+  PTX(return __fmul_rn(x, y);)
+  SIM(volatile float product = x * y; return product;)
+}
+
 // fma.rn: x y + z, rounded once, whatever the compiler's flags. PTX 9.7.3.6.
 DEVICE float fma(float x, float y, float z) {
   PTX(return __fmaf_rn(x, y, z);)
@@ -87,6 +93,12 @@ DEVICE float fma(float x, float y, float z) {
 DEVICE int lowest_bit(uint32_t x) {
   PTX(return __ffs(x) - 1;)
   SIM(return __builtin_ctz(x);)
+}
+
+// The number of bits that are set. PTX 9.7.1.14.
+DEVICE int popc(uint32_t x) {
+  PTX(return __popc(x);)
+  SIM(return __builtin_popcount(x);)
 }
 
 // max.u16x2: of the two halves each. PTX 9.7.1.13.

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "cuda/fours.h"
+#include "cuda/quantize/quantize.h"
 
 namespace jaxkern::cuda::kernels {
 
@@ -23,6 +24,19 @@ struct QuantizeParams {
   bool vectors;  // every row starts at a multiple of 16 bytes, of x, and of the bytes that these become
   int m, k, m_tiles, k_tiles;
 };
+
+// Where the values and scales of an op go.
+template <typename T>
+QuantizeParams<T> quantize_params(uint8_t* values, void* scales, ScaleFormat format, int64_t elements, int64_t blocks) {
+  QuantizeParams<T> p = {};
+  p.values = {values, elements};
+  if (format == ScaleFormat::ue8m0)
+    p.exponents = {static_cast<uint8_t*>(scales), blocks};
+  else
+    p.scales = {static_cast<float*>(scales), blocks};
+  p.power_of_two = format != ScaleFormat::float32;
+  return p;
+}
 
 template <typename T>
 std::string quantize_name(const char* kernel) {
@@ -127,14 +141,22 @@ DEVICE float quotient(float x, float y, float reciprocal) {
   return fma(fma(estimate, y, -x), -reciprocal, estimate);
 }
 
-template <typename T, bool vectors>
-DEVICE void store_values(const QuantizeParams<T>& p, int64_t at, int count, const Words& words, float scale,
-                         float reciprocal) {
-  Pack<uint16_t, per_load<T> / 2> codes;
+// e4m3, two in each item.
+template <typename T>
+using Codes = Pack<uint16_t, per_load<T> / 2>;
+
+template <typename T>
+DEVICE Codes<T> codes_of(const Words& words, float scale, float reciprocal) {
+  Codes<T> codes;
 #pragma unroll
   for (int i = 0; i < per_load<T>; i += 2)
     codes.item[i / 2] = cvt_e4m3x2(quotient(element<T>(words, i), scale, reciprocal),
                                    quotient(element<T>(words, i + 1), scale, reciprocal));
+  return codes;
+}
+
+template <typename T, bool vectors>
+DEVICE void store_codes(const QuantizeParams<T>& p, int64_t at, int count, const Codes<T>& codes) {
   if constexpr (vectors) {
     if (count > 0) store_global(p.values, at, codes);
   } else {
@@ -142,6 +164,12 @@ DEVICE void store_values(const QuantizeParams<T>& p, int64_t at, int count, cons
     for (int i = 0; i < per_load<T>; ++i)
       if (i < count) store_global(p.values, at + i, static_cast<uint8_t>(codes.item[i / 2] >> i % 2 * 8));
   }
+}
+
+template <typename T, bool vectors>
+DEVICE void store_values(const QuantizeParams<T>& p, int64_t at, int count, const Words& words, float scale,
+                         float reciprocal) {
+  store_codes<T, vectors>(p, at, count, codes_of<T>(words, scale, reciprocal));
 }
 
 // ---- kernels ----

@@ -12,24 +12,11 @@ namespace {
 
 using namespace jaxkern::cuda::kernels;
 
-// Where the values and scales of an op go.
-template <typename T>
-QuantizeParams<T> params_of(uint8_t* values, void* scales, ScaleFormat format, int64_t elements, int64_t blocks) {
-  QuantizeParams<T> p = {};
-  p.values = {values, elements};
-  if (format == ScaleFormat::ue8m0)
-    p.exponents = {static_cast<uint8_t*>(scales), blocks};
-  else
-    p.scales = {static_cast<float*>(scales), blocks};
-  p.power_of_two = format != ScaleFormat::float32;
-  return p;
-}
-
 template <typename Kernel, typename T>
 Error launch_tiles(const Quantize& q, int tile_m, int tile_k, Stream stream) {
   int64_t k_blocks = ceil_div(q.k, block_k), elements = q.batch * q.m * q.k;
   QuantizeParams<T> p =
-      params_of<T>(q.values, q.scales, q.scale_format, elements, q.batch * ceil_div(q.m, q.block_m) * k_blocks);
+      quantize_params<T>(q.values, q.scales, q.scale_format, elements, q.batch * ceil_div(q.m, q.block_m) * k_blocks);
   p.x = {static_cast<const T*>(q.x), elements};
   p.vectors = q.k % per_load<T> == 0;
   p.m = q.m;
@@ -63,7 +50,8 @@ Error quantize_along_tokens(const QuantizeAlongTokens& q, Stream stream) {
                 .alignment = static_cast<int>(q.alignment),
                 .stride = 0,
                 .all = static_cast<int>(q.t)};
-    p.quantized = params_of<float>(q.values, q.scales, q.scale_format, q.m * q.tokens, q.m * (q.tokens / block_k));
+    p.quantized =
+        quantize_params<float>(q.values, q.scales, q.scale_format, q.m * q.tokens, q.m * (q.tokens / block_k));
     p.quantized.m = q.m;
     p.quantized.k = q.tokens;
     p.quantized.m_tiles = ceil_div(q.m, Kernel::columns);
@@ -84,7 +72,7 @@ Error swiglu_quantize(const SwigluQuantize& q, Stream stream) {
     p.gate = {static_cast<const T*>(q.gate), elements};
     p.up = {static_cast<const T*>(q.up), elements};
     p.weights = {q.weights, q.weights ? rows : 0};
-    p.quantized = params_of<float>(q.values, q.scales, q.scale_format, rows * q.width, rows * k_blocks);
+    p.quantized = quantize_params<float>(q.values, q.scales, q.scale_format, rows * q.width, rows * k_blocks);
     p.quantized.vectors = q.width % 4 == 0;
     p.quantized.m = rows;
     p.quantized.k = q.width;

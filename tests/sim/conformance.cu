@@ -313,7 +313,7 @@ void matrix_fragments() {
 
 // ---- numbers ----
 
-enum class Function { bf16, f16, e4m3, float16, bfloat16, ex2, lg2, div, rcp, fma, max };
+enum class Function { bf16, f16, e4m3, float16, bfloat16, ex2, lg2, div, rcp, mul, fma, popc, max };
 
 // Pairs of words in, one word out for each.
 template <Function function>
@@ -332,6 +332,9 @@ struct Numbers : Kernel<128> {
       if constexpr (function == Function::lg2) y = float_bits(lg2(x));
       if constexpr (function == Function::div) y = float_bits(div(x, to_float(bits_float(second))));
       if constexpr (function == Function::rcp) y = float_bits(rcp(x));
+      if constexpr (function == Function::mul)
+        y = float_bits(mul(x, bits_float(second)) + bits_float((first ^ second) | 0x38000000));
+      if constexpr (function == Function::popc) y = popc(first) << 8 | popc(second);
       if constexpr (function == Function::fma)
         y = float_bits(fma(x, bits_float(second), bits_float((first ^ second) | 0x38000000)));
       if constexpr (function == Function::max) y = max_u16x2(first, second);
@@ -505,6 +508,19 @@ void reciprocal() {
   }
 }
 
+// With a sum after it, which the compiler must not fuse.
+void multiplication() {
+  auto in = random_words(40000);
+  for (auto& word : in) word = (word & 0x87ffffff) | 0x38000000;  // about 1: the product and the third are of one size
+  auto got = apply<Function::mul>(in);
+  for (size_t i = 0; i < got.size(); ++i) {
+    float x = as_float(in[2 * i]), y = as_float(in[2 * i + 1]), z = as_float((in[2 * i] ^ in[2 * i + 1]) | 0x38000000);
+    volatile float product = x * y;
+    volatile float want = product + z;
+    require(got[i] == as_bits(want), text("%a * %a + %a is %a", x, y, z, as_float(got[i])));
+  }
+}
+
 void multiply_add() {
   auto in = random_words(40000);
   for (auto& word : in) word = (word & 0x87ffffff) | 0x38000000;  // about 1: the product and the third are of one size
@@ -513,6 +529,17 @@ void multiply_add() {
     float x = as_float(in[2 * i]), y = as_float(in[2 * i + 1]), z = as_float((in[2 * i] ^ in[2 * i + 1]) | 0x38000000);
     float want = std::fma(x, y, z);
     require(got[i] == as_bits(want), text("fma(%a, %a, %a) is %a", x, y, z, as_float(got[i])));
+  }
+}
+
+void count_of_bits() {
+  auto in = random_words(4000);
+  in[0] = 0, in[1] = ~0u;
+  auto got = apply<Function::popc>(in);
+  for (size_t i = 0; i < got.size(); ++i) {
+    uint32_t want = 0;
+    for (int bit = 0; bit < 32; ++bit) want += (in[2 * i] >> bit & 1) << 8, want += in[2 * i + 1] >> bit & 1;
+    require(got[i] == want, text("the bits of %#x and %#x are %#x", in[2 * i], in[2 * i + 1], got[i]));
   }
 }
 
@@ -1336,7 +1363,9 @@ std::vector<Case> all_cases() {
       {"lg2", logarithm},
       {"div", division},
       {"rcp", reciprocal},
+      {"mul", multiplication},
       {"fma", multiply_add},
+      {"popc", count_of_bits},
       {"max_u16x2", maximum},
 #ifdef JAXKERN_SIM
       {"counts of the simulator", counts},
