@@ -181,6 +181,9 @@ def cases(family: str | None, quick: bool) -> list[Case]:
             ]
         found += [mla_case(*size, varied=False) for size in lengths]
         found += [] if quick else [mla_case(128, 1, 128, 4096, varied=True), mla_case(128, 1, 16, 4096, varied=True)]
+        packed = lengths[:2] if quick else [*lengths[:2], lengths[3], lengths[5]]
+        found += [mla_case(*size, varied=False, cache="fp8") for size in packed]
+        found += [] if quick else [mla_case(*size, varied=False, cache="fp16") for size in lengths[:2]]
     if family in (None, "moe"):
         for tokens in (4096,) if quick else (4096, 128):
             found += moe_cases(tokens, 7168, 256, 8)
@@ -333,9 +336,11 @@ def k_grouped_case(groups: int, rows: int, m: int, n: int) -> Case:
     )
 
 
-def mla_case(b: int, s: int, h: int, length: int, varied: bool) -> Case:
-    """varied: lengths of a normal distribution around `length`, half as wide. Bytes are those of keys that count."""
+def mla_case(b: int, s: int, h: int, length: int, varied: bool, cache: str = "bf16") -> Case:
+    """varied: lengths of a normal distribution around `length`, half as wide. Bytes are those of keys that count. q is
+    bfloat16, but for a cache of float16."""
     page, d, latent = 64, 576, 512
+    dtype = jnp.float16 if cache == "fp16" else BF16
     lengths = np.random.default_rng(0).normal(length, length / 2, b) if varied else np.full(b, length)
     lengths = np.clip(lengths, s, 2 * length).astype(np.int32)
     pages = -(-int(lengths.max()) // page)
@@ -343,9 +348,10 @@ def mla_case(b: int, s: int, h: int, length: int, varied: bool) -> Case:
     def tensors(seed):
         key_q, key_cache = jax.random.split(jax.random.key(seed))
         table = np.random.default_rng(seed).permutation(b * pages).reshape(b, pages)
+        rows = jax.random.normal(key_cache, (b * pages, page, d), dtype) / 10
         return {
-            "q": jnp.clip(jax.random.normal(key_q, (b, s, h, d), BF16), -1, 1),
-            "cache": jax.random.normal(key_cache, (b * pages, page, d), BF16) / 10,
+            "q": jnp.clip(jax.random.normal(key_q, (b, s, h, d), dtype), -1, 1),
+            "cache": jax.jit(jaxkern.kv_cache.pack)(rows) if cache == "fp8" else rows,
             "table": jnp.asarray(table, jnp.int32),
             "lengths": jnp.asarray(lengths),
         }
@@ -353,12 +359,14 @@ def mla_case(b: int, s: int, h: int, length: int, varied: bool) -> Case:
     def ours(*args):
         return jaxkern.mla_decode(*args, softmax_scale=d**-0.55, implementation="cuda")[0]
 
-    def einsums(q, cache, table, lengths):
-        keys = cache[table].reshape(b, -1, d)
+    def einsums(q, pages, table, lengths):
+        keys = pages[table].reshape(b, -1, pages.shape[-1])
+        if cache == "fp8":
+            keys = jaxkern.kv_cache.unpack(keys)
         logits = jnp.einsum("bshd,btd->bsht", q, keys, preferred_element_type=jnp.float32) * d**-0.55
         limits = lengths[:, None] - jnp.arange(s)[::-1]
         logits = jnp.where(jnp.arange(keys.shape[1]) < limits[:, :, None, None], logits, -jnp.inf)
-        return jnp.einsum("bsht,btd->bshd", jax.nn.softmax(logits).astype(BF16), keys[..., :latent])
+        return jnp.einsum("bsht,btd->bshd", jax.nn.softmax(logits).astype(dtype), keys[..., :latent])
 
     def pick(t):
         return t["q"], t["cache"], t["table"], t["lengths"]
@@ -366,13 +374,13 @@ def mla_case(b: int, s: int, h: int, length: int, varied: bool) -> Case:
     keys = int(lengths.sum())
     return Case(
         "mla",
-        "mla_decode bf16",
+        f"mla_decode {cache}",
         f"b{b} s{s} h{h} {'~' if varied else ''}{length}",
         2 * s * h * keys * (d + latent),
         tensors,
         {"ours": Form(ours, pick, fp8=False), "gather, einsum": Form(einsums, pick, fp8=False)},
         "gather, einsum",
-        2 * (keys * d + b * s * h * (d + latent)),
+        keys * (jaxkern.kv_cache.row_bytes() if cache == "fp8" else 2 * d) + 2 * b * s * h * (d + latent),
     )
 
 

@@ -364,11 +364,19 @@ def simulate(seeds: int = 8) -> tuple[dict[str, Row], str]:
         check(functools.partial(swiglu_quantize, x), rtol=0.07)  # a step of e4m3, as the last bit of an exp may make it
     for queries, heads, page, lengths, num_splits in DECODED:
         pages = -(-max(lengths) // page)
-        q = normal(len(lengths), queries, heads, 576).astype(jnp.bfloat16)
-        cache = normal(pages * len(lengths), page, 576).astype(jnp.bfloat16) / 4
+        q = normal(len(lengths), queries, heads, 576)
+        rows = normal(pages * len(lengths), page, 576) / 4
         table = jnp.asarray(random.permutation(pages * len(lengths)).reshape(len(lengths), pages), jnp.int32)
-        call = functools.partial(mla_decode, q, cache, table, jnp.asarray(lengths, jnp.int32), num_splits=num_splits)
-        check(functools.partial(call, softmax_scale=576**-0.55), rtol=2.0**-6, atol=1e-3)
+        for dtype in (jnp.bfloat16, jnp.float16, jnp.uint8):
+            cache = kv_cache.pack(rows) if dtype == jnp.uint8 else rows.astype(dtype)
+            arrays = (
+                q.astype(jnp.bfloat16 if dtype == jnp.uint8 else dtype),
+                cache,
+                table,
+                jnp.asarray(lengths, jnp.int32),
+            )
+            call = functools.partial(mla_decode, *arrays, softmax_scale=576**-0.55, num_splits=num_splits)
+            check(call, rtol=2.0**-6, atol=2e-3)
     requests, tokens, page = APPENDED
     table = jnp.asarray(random.permutation(2 * requests).reshape(requests, 2), jnp.int32)
     positions = jnp.asarray(random.integers(0, 2 * page, (requests, tokens)), jnp.int32)

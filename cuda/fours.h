@@ -1,4 +1,4 @@
-// Arrays of any float type, four neighbouring elements at once.
+// Types of elements, and arrays of any float type, four neighbouring elements at once.
 #pragma once
 
 #include <type_traits>
@@ -6,6 +6,18 @@
 #include "cuda/arch/arch.h"
 
 namespace jaxkern::cuda::kernels {
+
+// The format of a cache's rows that jaxkern/kv_cache.py describes, in place of a number's.
+struct Packed {};
+
+template <typename T>
+constexpr const char* format_name = "float";
+template <>
+inline constexpr const char* format_name<bfloat16> = "bfloat16";
+template <>
+inline constexpr const char* format_name<float16> = "float16";
+template <>
+inline constexpr const char* format_name<Packed> = "Packed";
 
 // f of a number of that type.
 template <typename F>

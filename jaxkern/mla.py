@@ -13,6 +13,7 @@ from jaxkern._check import FLOATS, INT32, Sizes, as_array, describe
 
 MAX_SPLITS = 1024  # partial results are kept for each
 ATTENDED = (*FLOATS, np.dtype(np.float16))  # what the ops here take
+HALVES = (np.dtype(jnp.bfloat16), np.dtype(np.float16))
 PACKED = np.dtype(np.uint8)
 
 
@@ -43,15 +44,18 @@ def mla_decode(
         has out 0 and lse -inf. Rows of the cache that are no key, and entries of the table past a request's length,
         may hold anything. lse is the natural logarithm of the sum of exp(softmax_scale * q . key). Sums are float32; so
         are the weights of the values, unless q is bfloat16 and the cache bfloat16 or packed: then a weight may be
-        rounded to bfloat16, with its value's scale.
+        rounded to bfloat16, with its value's scale. On Hopper a weight is rounded to q's dtype, and the numbers of a
+        packed row are first rounded to bfloat16, each once: the result has the bits of one over bfloat16 pages of
+        `kv_cache.unpack(cache)`.
     num_splits: how many parts of equal length a request is cut into, to be computed in parallel and merged in order.
         Then, and on the CPU always, a request's result depends neither on the rest of the batch nor on the number of
         threads. None cuts by the request's own length on the CPU; on a GPU the lengths of all requests decide.
     Sharding: shard_map, over b (with whole requests and their pages on one device), over h, and over the pages of a
         request: with -1 in the table for a page that is on another device, the parts are what `merge_attention` joins.
     Gradient: none.
-    Implementations: cpu, xla; cuda and sim for bfloat16 q and cache, d 576, latent_dim 512 and pages of whole 16s of
-        rows. There a NaN in a key that only some queries of a request see may reach the others.
+    Implementations: cpu, xla; cuda and sim for d 576 and latent_dim 512, of bfloat16 or float16 q and cache with pages
+        of whole 16s of rows, and of a bfloat16 q with packed pages of any size. There a NaN in a key that only some
+        queries of a request see may reach the others.
     Errors: TypeError for a dtype, ValueError for a shape, a latent_dim beyond d or num_splits below 1.
     Source: DeepSeek-V2 report, section 2.1; FlashMLA.
     """
@@ -267,10 +271,14 @@ def _fold_all(size, arrays, is_batched, **params):
 def _hopper_refuses_decode(q, cache, *_, latent_dim, **__):
     if (q.shape[3], latent_dim) != (576, 512):
         return f"d must be 576 and latent_dim 512, got {q.shape[3]} and {latent_dim}"
-    if not q.dtype == cache.dtype == jnp.bfloat16:
-        return f"q and cache must be bfloat16, got {q.dtype} and {cache.dtype}"
-    if cache.shape[0] == 0 or cache.shape[1] % 16 != 0:
-        return f"the cache must have pages of a multiple of 16 rows, got {describe(cache)}"
+    packed = cache.dtype == PACKED
+    if q.dtype not in HALVES or cache.dtype != q.dtype and not (packed and q.dtype == HALVES[0]):
+        return (
+            "q and cache must both be bfloat16 or both float16, or the cache packed and q bfloat16, "
+            f"got {q.dtype} and {cache.dtype}"
+        )
+    if cache.shape[0] == 0 or cache.shape[1] == 0 or (not packed and cache.shape[1] % 16 != 0):
+        return f"the cache must have pages, of a multiple of 16 rows unless it is packed, got {describe(cache)}"
     return ""
 
 

@@ -554,6 +554,40 @@ CASES = [
         rtol=2.0**-6,  # weights and result are bfloat16
     ),
     Case(
+        "mla_decode",
+        _mla_decode_full,
+        {
+            "q": normal(4, 2, 3, 576, dtype=np.float16),
+            "cache": normal(9, 16, 576, dtype=np.float16),
+            "block_table": integers(0, 9, 4, 3),
+            "seq_lens": np.array([2, 48, 0, 17], np.int32),
+        },
+        specs=(ROWS, ALL, ROWS, ROWS),
+        out_specs=(ROWS, ROWS),
+        symbolic=("b, 2, 3, 576", "p, 16, 576", "b, 3", "b"),
+        mismatch=(("cache", 2), ("block_table", 0), ("seq_lens", 0)),
+        primitive="jaxkern_mla_decode",
+        variant="full-float16",
+        rtol=2.0**-9,  # weights and result are float16
+    ),
+    Case(
+        "mla_decode",
+        _mla_decode_full,
+        {
+            "q": normal(4, 2, 3, 576, dtype=jnp.bfloat16),
+            "cache": np.asarray(jaxkern.reference.pack_rows(normal(9, 16, 576), 512)),
+            "block_table": integers(0, 9, 4, 3),
+            "seq_lens": np.array([2, 48, 0, 17], np.int32),
+        },
+        specs=(ROWS, ALL, ROWS, ROWS),
+        out_specs=(ROWS, ROWS),
+        symbolic=("b, 2, 3, 576", "p, 16, 656", "b, 3", "b"),
+        mismatch=(("cache", 2), ("block_table", 0), ("seq_lens", 0)),
+        primitive="jaxkern_mla_decode",
+        variant="full-fp8",
+        rtol=2.0**-6,  # weights, result and on Hopper keys are bfloat16
+    ),
+    Case(
         "merge_attention",
         jaxkern.merge_attention,
         {"outs": normal(3, 8, 5, 20), "lses": normal(3, 8, 5)},
@@ -671,6 +705,8 @@ HOPPER = [
     or case.id
     in (
         "mla_decode-full",
+        "mla_decode-full-float16",
+        "mla_decode-full-fp8",
         "gemm-fp8",
         "grouped_gemm-fp8",
         "grouped_gemm-bf16",

@@ -33,7 +33,7 @@ def case_without_gpu(case):
 MACHINE = {"copy_bytes_per_s": 1e12, "bf16_flops_per_s": 1e14}
 
 
-@pytest.mark.parametrize("arguments, cases", [([], 84), (["--family", "quantize"], 2), (["--quick"], 25)])
+@pytest.mark.parametrize("arguments, cases", [([], 90), (["--family", "quantize"], 2), (["--quick"], 27)])
 def test_plan(arguments, cases, capsys):
     assert gpu.main(["--plan", *arguments]) == 0
     out = capsys.readouterr().out

@@ -8,13 +8,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 from contract import HOPPER_IMPLEMENTATION
-from test_mla import decode_by_hand, flash_mla_accepts, paged
+from test_mla import FP8, decode_by_hand, flash_mla_accepts, paged
 
-from jaxkern import mla_decode
+from jaxkern import kv_cache, mla_decode
 
 pytestmark = pytest.mark.skipif(HOPPER_IMPLEMENTATION == "none", reason="no implementation to test")
 
-BF16 = ml_dtypes.bfloat16
+BF16, F16 = ml_dtypes.bfloat16, np.float16
 # Queries, heads, rows of a page, lengths. A group of 64 rows that is not full, several groups, a group of two queries,
 # empty requests, a block of 64 keys in one, two or four pages, keys that only some queries see.
 CASES = [
@@ -28,11 +28,23 @@ CASES = [
 ]
 
 
-def operands(queries, heads, page, lengths):
-    """Of FlashMLA's own sizes: keys of a tenth."""
-    arrays = paged(sum(lengths), len(lengths), queries, heads, page, 576, lengths, q_dtype=BF16, dtype=BF16)
-    q, cache, table, seq_lens = map(jnp.asarray, arrays)
-    return [q, cache / 5, table, seq_lens]
+def operands(queries, heads, page, lengths, dtype=BF16):
+    """Of FlashMLA's own sizes: keys of a tenth. dtype is the cache's."""
+    q_dtype = BF16 if dtype == FP8 else dtype
+    dtypes = dict(q_dtype=q_dtype, dtype=dtype, latent=512)
+    q, cache, table, seq_lens = paged(sum(lengths), len(lengths), queries, heads, page, 576, lengths, **dtypes)
+    if dtype == FP8:
+        scales = np.ascontiguousarray(cache[..., 512:528]).view(np.float32)
+        cache[..., 512:528] = (scales / 5).view(np.uint8)
+        cache[..., 528:] = (np.ascontiguousarray(cache[..., 528:]).view(BF16) / BF16(5)).view(np.uint8)
+    else:
+        cache = cache / dtype(5)
+    return [jnp.asarray(x) for x in (q, cache, table, seq_lens)]
+
+
+def numbers(cache):
+    """The cache that a packed one stands for, in bfloat16, as which the kernel takes it."""
+    return kv_cache.unpack(cache) if cache.dtype == FP8 else cache
 
 
 def decode(arrays, **kwargs):
@@ -41,10 +53,19 @@ def decode(arrays, **kwargs):
 
 
 def check(arrays, got, causal):
-    host = [np.asarray(x) for x in arrays]
+    q, cache, table, seq_lens = arrays
+    host = [np.asarray(x) for x in (q, numbers(cache), table, seq_lens)]
     out, lse = decode_by_hand(*host, softmax_scale=576**-0.55, latent_dim=512, causal=causal)
     flash_mla_accepts(got[0], out, 8e-4, 2.01 / 128, 5e-6)
     flash_mla_accepts(got[1], lse, 1e-6, 8.01 / 65536, 1e-7)
+
+
+def assert_same_bits_in_any_order(arrays, got, simulator, **kwargs):
+    if HOPPER_IMPLEMENTATION == "sim":
+        for seed in range(1, 8):
+            simulator.configure(seed=seed)
+            for again, first in zip(decode(arrays, **kwargs), got, strict=True):
+                np.testing.assert_array_equal(again, first)
 
 
 @pytest.mark.parametrize("num_splits", [None, 1, 3])
@@ -54,31 +75,109 @@ def test_decode(queries, heads, page, lengths, causal, num_splits, simulator):
     arrays = operands(queries, heads, page, lengths)
     got = decode(arrays, causal=causal, num_splits=num_splits)
     check(arrays, got, causal)
-    if HOPPER_IMPLEMENTATION == "sim":
-        for seed in range(1, 8):
-            simulator.configure(seed=seed)
-            for again, first in zip(decode(arrays, causal=causal, num_splits=num_splits), got, strict=True):
-                np.testing.assert_array_equal(again, first)
+    assert_same_bits_in_any_order(arrays, got, simulator, causal=causal, num_splits=num_splits)
 
 
-def test_pages_outside_the_cache_hold_no_keys():
-    q, cache, table, seq_lens = operands(2, 5, 16, [200, 90])
+@pytest.mark.parametrize("num_splits", [None, 3])
+@pytest.mark.parametrize("queries,heads,page,lengths", CASES, ids=str)
+def test_decode_float16(queries, heads, page, lengths, num_splits, simulator):
+    arrays = operands(queries, heads, page, lengths, F16)
+    got = decode(arrays, num_splits=num_splits)
+    check(arrays, got, True)
+    out, _ = decode_by_hand(*map(np.asarray, arrays), softmax_scale=576**-0.55, latent_dim=512)
+    flash_mla_accepts(got[0], out, 1e-4, 1 / 500, 1e-6)  # eight times the bits of bfloat16
+    assert_same_bits_in_any_order(arrays, got, simulator, num_splits=num_splits)
+
+
+def test_small_float16_weights_count():
+    """Each is less than half of float16's least number, together they are a part in 1600 of the sum."""
+    keys = 40000
+    q = jnp.zeros((1, 1, 1, 576), F16).at[..., 0].set(1)
+    cache = jnp.zeros((keys // 16, 16, 576), F16).at[..., 0].set(-18).at[0, 0, 0].set(0).at[..., 1].set(1)
+    cache = cache.at[0, 0, 1].set(0)
+    arrays = q, cache, jnp.arange(keys // 16, dtype=jnp.int32)[None], jnp.asarray([keys], jnp.int32)
+    out, _ = mla_decode(*arrays, softmax_scale=1.0, implementation=HOPPER_IMPLEMENTATION)
+    small = (keys - 1) * np.exp(-18.0)
+    np.testing.assert_allclose(out[0, 0, 0, 1], small / (1 + small), rtol=0.02)
+
+
+PACKED = [*CASES, (1, 5, 7, [100, 3, 0]), (2, 2, 1, [70]), (1, 128, 100, [230, 500])]  # of pages of any size
+
+
+@pytest.mark.parametrize("num_splits", [None, 3])
+@pytest.mark.parametrize("queries,heads,page,lengths", PACKED, ids=str)
+def test_decode_packed(queries, heads, page, lengths, num_splits, simulator):
+    """The same bits as of the bfloat16 that the rows stand for, where there are pages of these."""
+    arrays = operands(queries, heads, page, lengths, FP8)
+    got = decode(arrays, num_splits=num_splits)
+    check(arrays, got, True)
+    if page % 16 == 0:
+        q, cache, table, seq_lens = arrays
+        for x, expected in zip(got, decode((q, numbers(cache), table, seq_lens), num_splits=num_splits), strict=True):
+            np.testing.assert_array_equal(x, expected)
+    assert_same_bits_in_any_order(arrays, got, simulator, num_splits=num_splits)
+
+
+def test_packed_codes_and_scales_may_be_any():
+    """Every code but NaN; scales that are negative, tiny or no power of two."""
+    rng = np.random.default_rng(0)
+    q, cache, table, seq_lens = operands(1, 16, 32, [96], FP8)
+    rows = np.asarray(cache).reshape(-1, 656)[:, :528].copy()
+    rows[:, :512] = np.where((codes := rng.integers(0, 256, (len(rows), 512))) % 128 == 127, 0, codes)
+    rows[:, 512:] = (rng.choice([-3e-3, 1e-4, 2.0**-9, 1e-30], (len(rows), 4)).astype(np.float32)).view(np.uint8)
+    cache = cache.at[..., :528].set(jnp.asarray(rows).reshape(*cache.shape[:2], 528))
+    got, expected = (decode((q, x, table, seq_lens), num_splits=1) for x in (cache, numbers(cache)))
+    assert np.isfinite(expected[0]).all()
+    np.testing.assert_array_equal(got[0], expected[0])
+    np.testing.assert_array_equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, FP8])
+def test_a_key_that_is_nan_makes_its_request_nan(dtype):
+    q, cache, table, seq_lens = operands(1, 3, 16, [70, 40], dtype)
+    page = int(table[0, 2])
+    cache = cache.at[page, 5, 100].set(127 if dtype == FP8 else jnp.nan)  # a code whose scale is none
+    out, lse = decode((q, cache, table, seq_lens))
+    assert np.isnan(out[0]).all() and np.isnan(lse[0]).all()
+    assert np.isfinite(out[1]).all() and np.isfinite(lse[1]).all()
+
+
+def test_decode_of_what_append_packed():
+    q, _, table, seq_lens = operands(1, 7, 64, [150, 64])
+    rows = jax.random.normal(jax.random.key(0), (2, 150, 576), jnp.bfloat16) / 10
+    positions = jnp.where(jnp.arange(150) < seq_lens[:, None], jnp.arange(150), -1)
+    empty = jnp.full((6, 64, kv_cache.row_bytes()), 255, jnp.uint8)
+    cache = kv_cache.append(empty, rows, table, positions, implementation=HOPPER_IMPLEMENTATION)
+    arrays = q, cache, table, seq_lens
+    got = decode(arrays)
+    check(arrays, got, True)
+    out, _ = decode_by_hand(  # what was packed, to the precision of three bits
+        *map(np.asarray, (q, rows, jnp.arange(2)[:, None], seq_lens)), softmax_scale=576**-0.55, latent_dim=512
+    )
+    assert np.abs(got[0] - out).max() < 2.0**-4 * np.abs(rows.astype(jnp.float32)).max()
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP8])
+def test_pages_outside_the_cache_hold_no_keys(dtype):
+    q, cache, table, seq_lens = operands(2, 5, 16, [200, 90], dtype)
     table = table.at[0, jnp.asarray([0, 7, 11])].set(jnp.asarray([-1, len(cache), 2**31 - 1]))
     table = table.at[1].set(10**6)
     arrays = q, cache, table, seq_lens
     check(arrays, decode(arrays), True)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP8])
 @pytest.mark.parametrize("length", [65, 1000, 2**31 - 1, -3])
-def test_lengths_are_clamped_to_the_table(length):
-    q, cache, table, _ = operands(2, 5, 16, [64, 64])
+def test_lengths_are_clamped_to_the_table(length, dtype):
+    q, cache, table, _ = operands(2, 5, 16, [64, 64], dtype)
     arrays = q, cache, table, jnp.asarray([length, 64], jnp.int32)
     check(arrays, decode(arrays), True)
 
 
-def test_a_request_has_the_same_bits_alone_and_in_a_batch():
+@pytest.mark.parametrize("dtype", [BF16, FP8])
+def test_a_request_has_the_same_bits_alone_and_in_a_batch(dtype):
     """With num_splits; without it the cuts depend on all requests."""
-    q, cache, table, seq_lens = operands(2, 40, 64, [700, 70, 0, 513])
+    q, cache, table, seq_lens = operands(2, 40, 64, [700, 70, 0, 513], dtype)
     for num_splits in (1, 4):
         out, lse = decode((q, cache, table, seq_lens), num_splits=num_splits)
         for i in range(4):
@@ -88,9 +187,10 @@ def test_a_request_has_the_same_bits_alone_and_in_a_batch():
 
 
 @pytest.mark.skipif(HOPPER_IMPLEMENTATION != "sim", reason="a GPU has the multiprocessors that it has")
+@pytest.mark.parametrize("dtype", [BF16, FP8])
 @pytest.mark.parametrize("multiprocessors", [1, 3, 132])
-def test_work_is_shared_by_any_number_of_multiprocessors(multiprocessors, simulator):
-    arrays = operands(1, 70, 64, [900, 0, 64, 65])
+def test_work_is_shared_by_any_number_of_multiprocessors(multiprocessors, dtype, simulator):
+    arrays = operands(1, 70, 64, [900, 0, 64, 65], dtype)
     simulator.configure(multiprocessors=multiprocessors)
     check(arrays, decode(arrays), True)
 
@@ -105,11 +205,15 @@ def test_large_logits_neither_overflow_nor_vanish():
 
 def test_what_the_kernel_refuses():
     q, cache, table, seq_lens = operands(1, 2, 16, [20])
+    packed = kv_cache.pack(cache)
     call = functools.partial(mla_decode, softmax_scale=1.0, implementation=HOPPER_IMPLEMENTATION)
     for arrays, kwargs, why in (
         ((q, cache.reshape(-1, 8, 576), table, seq_lens), {}, "a multiple of 16 rows"),
         ((q, cache, table, seq_lens), {"latent_dim": 500}, "d must be 576 and latent_dim 512, got 576 and 500"),
-        ((q.astype(jnp.float32), cache, table, seq_lens), {}, "q and cache must be bfloat16"),
+        ((q.astype(jnp.float32), cache, table, seq_lens), {}, "q and cache must both be bfloat16 or both float16"),
+        ((q.astype(F16), cache, table, seq_lens), {}, "got float16 and bfloat16"),
+        ((q.astype(F16), packed, table, seq_lens), {}, "the cache packed and q bfloat16, got float16 and uint8"),
+        ((q, packed[:0], table, seq_lens), {}, "the cache must have pages"),
     ):
         with pytest.raises(NotImplementedError, match=f"mla_decode: .* cannot run this call: .*{why}"):
             jax.eval_shape(functools.partial(call, **kwargs), *arrays)

@@ -21,12 +21,12 @@ PATTERN = "-ftrivial-auto-var-init=pattern"
 SWIZZLES = ["no swizzle", "32-byte swizzle", "64-byte swizzle", "128-byte swizzle"]
 LAYOUTS = [*SWIZZLES[1:3], "64-byte swizzle, A in registers", "no swizzle", "no swizzle, by columns"]
 PRODUCTS = ["e4m3", "e4m3, A in registers", "bf16", "bf16, A in registers"]
-PRODUCTS += ["bf16, B MN-major", "bf16, A in registers, B MN-major"]
+PRODUCTS += ["bf16, B MN-major", "bf16, A in registers, B MN-major", "f16", "f16, B MN-major"]
 CONFORMANCE = [
     *("indices", "shfl, ballot, elect", "setmaxnreg", "loads and stores"),
     *(f"ldmatrix, stmatrix x{count}{how}" for count, how in product([1, 2, 4], ["", " transposed"])),
-    *("cvt_e4m3x2", "cvt_bf16x2", "cvt_f16x2", "to_float", "ex2", "lg2", "div", "rcp", "mul", "fma", "popc"),
-    "max_u16x2",
+    *("cvt_e4m3x2", "cvt_bf16x2", "cvt_f16x2", "cvt_f16x2_e4m3x2", "to_float"),
+    *("ex2", "lg2", "div", "rcp", "mul", "fma", "popc", "max_u16x2"),
     "counts of the simulator",
     *("mbarrier phases", "mbarrier bytes", "bar.sync, bar.arrive", "cluster", "cp.async.bulk"),
     *(f"cp.async {size}{how}" for size, how in product([4, 8, 16], ["", ", mbarrier"])),

@@ -22,11 +22,15 @@ ffi::Error mla_decode(cuda::Stream stream, Buffer q, Buffer cache, Buffer block_
   int64_t pages = cache.dimensions()[0], page = cache.dimensions()[1], table_pages = block_table.dimensions()[1];
   int64_t slots = cuda::mla_slots(batch, queries * heads, num_splits);
 
+  bool packed = cache.element_type() == U8;
+
   check.shape("q", q, {batch, queries, heads, cuda::mla_width});
-  check.dtype("q", q, {BF16});
-  check.shape("cache", cache, {pages, page, cuda::mla_width});
-  check.dtype("cache", cache, {BF16});
-  check.that(pages > 0 && page > 0 && page % 16 == 0, "pages must hold a multiple of 16 rows, and there must be some");
+  check.dtype("q", q, {BF16, F16});
+  check.shape("cache", cache, {pages, page, packed ? cuda::mla_packed_bytes : cuda::mla_width});
+  check.dtype("cache", cache, {q.element_type(), U8});
+  check.that(!packed || q.element_type() == BF16, "q must be bfloat16 if the cache is packed");
+  check.that(pages > 0 && page > 0 && (packed || page % 16 == 0),
+             "pages must hold rows, a multiple of 16 if they are not packed, and there must be some");
   check.shape("block_table", block_table, {batch, table_pages});
   check.dtype("block_table", block_table, {S32});
   check.shape("seq_lens", seq_lens, {batch});
@@ -34,7 +38,7 @@ ffi::Error mla_decode(cuda::Stream stream, Buffer q, Buffer cache, Buffer block_
   check.that(is_size(pages * page) && table_pages * page < (int64_t{1} << 31) && is_size(batch * queries * heads + 1),
              "rows of the cache, of a table and of q must be int32");
   check.shape("out", *out, {batch, queries, heads, cuda::mla_latent});
-  check.dtype("out", *out, {BF16});
+  check.dtype("out", *out, {q.element_type()});
   check.shape("lse", *lse, {batch, queries, heads});
   check.dtype("lse", *lse, {F32});
   check.shape("schedule", *schedule, {batch + 1});
@@ -53,6 +57,8 @@ ffi::Error mla_decode(cuda::Stream stream, Buffer q, Buffer cache, Buffer block_
                                                   .seq_lens = seq_lens.typed_data<int32_t>(),
                                                   .out = out->untyped_data(),
                                                   .lse = lse->typed_data<float>(),
+                                                  .type = float_of(q.element_type()),
+                                                  .packed = packed,
                                                   .schedule = schedule->typed_data<int32_t>(),
                                                   .partial_out = partial_out->typed_data<float>(),
                                                   .partial_lse = partial_lse->typed_data<float>(),

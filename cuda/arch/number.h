@@ -53,6 +53,12 @@ DEVICE uint16_t cvt_e4m3x2(float low, float high AND_WHERE) {
       return static_cast<uint16_t>(sim::to_e4m3(low) | sim::to_e4m3(high) << 8);)
 }
 
+// cvt.rn.f16x2.e4m3x2: exact; the lower byte becomes the lower half. PTX 9.7.9.21.
+DEVICE uint32_t cvt_f16x2_e4m3x2(uint16_t packed) {
+  PTX(uint32_t pair; asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(packed)); return pair;)
+  SIM(return sim::to_float16(sim::from_e4m3(packed & 0xff)) | sim::to_float16(sim::from_e4m3(packed >> 8)) << 16;)
+}
+
 // ex2.approx.ftz: 2^x to 2 ulp. PTX 9.7.3.21.
 DEVICE float ex2(float x) {
   PTX(float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;)

@@ -32,6 +32,18 @@ DEVICE T shfl_xor(T value, int mask AND_WHERE) {
   SIM(return sim::unbits<T>(sim::shfl(sim::bits(value), (thread_index() % warp_size) ^ mask, where));)
 }
 
+// shfl.sync.idx in segments: the value of the lane that has of its number the bits `own` of this one's, and the others
+// of `lane`'s. Both are constants of the instruction.
+template <uint32_t own, typename T>
+DEVICE T shfl_within(T value, int lane AND_WHERE) {
+  static_assert(sizeof(T) == 4 && own < warp_size);
+  PTX(T other; uint32_t bits; memcpy(&bits, &value, 4); asm volatile(
+          "shfl.sync.idx.b32 %0, %1, %2, %3, 0xffffffff;" : "=r"(bits) : "r"(bits), "r"(lane), "n"(own << 8 | 0x1f));
+      memcpy(&other, &bits, 4); return other;)
+  SIM(return sim::unbits<T>(
+                 sim::shfl(sim::bits(value), (thread_index() % warp_size & own) | (lane & ~own & 31), where));)
+}
+
 // vote.sync.ballot: bit i is lane i's predicate. PTX 9.7.13.9.
 DEVICE uint32_t ballot(bool predicate AND_WHERE) {
   PTX(return __ballot_sync(0xffffffff, predicate);)

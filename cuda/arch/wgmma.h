@@ -1,10 +1,10 @@
 // The tensor cores: wgmma, by which the four warps of a warpgroup multiply D [64, n] += A [64, k] B [n, k]^T together.
 // PTX 9.7.15.
 //
-// A is in shared memory or in registers, B in shared memory, D in registers. k is 32 bytes: 32 e4m3 or 16 bfloat16.
-// Thread t of the warpgroup holds of D, in item i,
+// A is in shared memory or in registers, B in shared memory, D in registers. k is 32 bytes: 32 e4m3, 16 bfloat16 or 16
+// float16. Thread t of the warpgroup holds of D, in item i,
 //   row 16 (t / 32) + (t % 32) / 4 + 8 ((i / 2) % 2), column 8 (i / 4) + 2 (t % 4) + i % 2;
-// and of a bfloat16 A, in register i, the pair of row as above with 8 (i % 2) and columns 2 (t % 4) + 8 (i / 2) and one
+// and of a 16-bit A, in register i, the pair of row as above with 8 (i % 2) and columns 2 (t % 4) + 8 (i / 2) and one
 // more; of an e4m3 A four columns from 4 (t % 4) + 16 (i / 2) on.
 //
 // The instructions are asynchronous: from the first one to wgmma_wait_group nobody may touch D, A's registers or the
@@ -25,7 +25,7 @@ DEVICE int fragment_column(int i) { return i / 4 * 8 + lane_index() % 4 * 2 + i 
 //
 // K-major (k contiguous), the default: rows of 16 << swizzle bytes in groups of 8, `stride` bytes from group to group.
 // `leading` is used without a swizzle only: bytes from one 16-byte column of a group to the next.
-// MN-major (bfloat16 B only, with a swizzle): rows of k, 16 << swizzle bytes each, in groups of 8 with `stride` bytes
+// MN-major (16-bit B only, with a swizzle): rows of k, 16 << swizzle bytes each, in groups of 8 with `stride` bytes
 // from group to group, and `leading` bytes from one such column of rows to the next. To advance along k inside a
 // swizzled row, add its bytes to `address`.
 DEVICE uint64_t matrix_descriptor(uint32_t address, int leading, int stride, Swizzle swizzle) {
@@ -208,6 +208,24 @@ DEVICE void wgmma_bf16(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, bo
 #undef SHAPE
 #endif
   SIM(sim::wgmma(sim::Format::bfloat16, n, d, a, 0, b, transposed_b, accumulate, where);)
+}
+
+// wgmma.mma_async.m64nNk16.f32.f16.f16: the same for float16, A by descriptor.
+template <int n, bool transposed_b = false>
+DEVICE void wgmma_f16(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulate AND_WHERE) {
+#ifndef JAXKERN_SIM
+#define SHAPE(n_, count, a_, b_, p_, t_, unused1, unused2)                                 \
+  if constexpr (n == n_)                                                                   \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p_                                  \
+                 ", 0;\n"                                                                  \
+                 "wgmma.mma_async.sync.aligned.m64n" #n_ "k16.f32.f16.f16 {" NAMES_##count \
+                 "}, %" #a_ ", %" #b_ ", p, 1, 1, 0, %" #t_ ";\n}"                         \
+                 : OPERANDS_##count                                                        \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(transposed_b)));
+  WGMMA_SHAPES(SHAPE)
+#undef SHAPE
+#endif
+  SIM(sim::wgmma(sim::Format::float16, n, d, nullptr, a, b, transposed_b, accumulate, where);)
 }
 
 // wgmma.wait_group: until at most `pending` groups are not complete. The accumulators of those that are complete then

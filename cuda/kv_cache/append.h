@@ -7,21 +7,10 @@
 
 namespace jaxkern::cuda::kernels {
 
-struct Packed {};  // the format of a row, in place of a number's
-
-template <typename T>
-constexpr const char* append_type = "float";
-template <>
-constexpr const char* append_type<bfloat16> = "bfloat16";
-template <>
-constexpr const char* append_type<float16> = "float16";
-template <>
-constexpr const char* append_type<Packed> = "Packed";
-
 template <typename From, typename To>
 struct AppendRows {
   static constexpr int threads = 256, warps = threads / warp_size, most_rows = 32;
-  static std::string name() { return std::string("AppendRows<") + append_type<From> + ", " + append_type<To> + ">"; }
+  static std::string name() { return std::string("AppendRows<") + format_name<From> + ", " + format_name<To> + ">"; }
 
   using Element = std::conditional_t<std::is_same_v<To, Packed>, uint8_t, To>;
 

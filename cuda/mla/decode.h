@@ -1,22 +1,33 @@
-// 64 query rows against blocks of 64 keys. Keys come by the copy engine, two blocks in flight, each as nine tiles of 64
-// keys x 64 numbers; the first eight are the values as well.
+// 64 query rows against blocks of 64 keys, two blocks in shared memory, each as nine tiles of 64 keys x 64 numbers; the
+// first eight are the values as well.
 //
 //   warpgroups 0, 1   attend: of the logits [64 rows][64 keys] each computes the half of its keys, of the result
 //                     [64 rows][512] the half of its columns
-//   warp 8            copies queries and keys
+//   warpgroup 2       warp 8 has the copy engine bring queries and keys; of packed keys all four warps load the bytes
+//   of
+//                     the next block into registers, and store the bfloat16 that those of this one stand for
 //
 // The halves of the weights, and the largest logit of each row, meet in shared memory. After FlashMLA's two warpgroups
 // that share one 64 x 512 result, with one block of keys at a time in place of its pairs.
 #pragma once
 
+#include <type_traits>
+
+#include "cuda/fours.h"
 #include "cuda/mla/schedule.h"
 
 namespace jaxkern::cuda::kernels {
 
+// What is multiplied, of a cache of this format: bfloat16, float16 or Packed.
+template <typename Format>
+using NumberOf = std::conditional_t<std::is_same_v<Format, Packed>, bfloat16, Format>;
+
+template <typename Format>
 struct MlaParams {
-  TensorMap q, cache;  // [batch * rows, 576], [pages * page, 576]
+  TensorMap q, cache;            // [batch * rows, 576], [pages * page, 576]
+  Global<const uint8_t> packed;  // the cache, if it is: [pages * page, 656]
   Global<const int32_t> block_table;
-  Global<bfloat16> out;
+  Global<NumberOf<Format>> out;
   Global<float> lse, partial_out, partial_lse;
   MlaSizes sizes;
   int heads, queries, pages, page, table_pages;
@@ -25,20 +36,25 @@ struct MlaParams {
   float scale_log2;  // softmax_scale * log2(e)
 };
 
+template <typename Format>
 struct MlaDecodeKernel {
+  using Number = NumberOf<Format>;
+  static constexpr bool is_packed = std::is_same_v<Format, Packed>;
   static constexpr int width_tiles = mla_width / 64, latent_tiles = mla_latent / 64, stages = 2;
   static constexpr int math_threads = 2 * warpgroup_size, threads = math_threads + warpgroup_size;
   static constexpr int registers = 168;
   static constexpr int tile_bytes = 64 * 128, half_keys = key_block / 2;
   static constexpr int columns = mla_latent / 2;  // of the result, for each warpgroup
-  static std::string name() { return "MlaDecodeKernel"; }
+  // A weight, at most 1, is kept times 2^this: far below the largest one float16 has few bits, and then none.
+  static constexpr float weight_exponent = std::is_same_v<Number, float16> ? 10 : 0;
+  static std::string name() { return std::string("MlaDecodeKernel<") + format_name<Format> + ">"; }
 
-  using Params = MlaParams;
+  using Params = MlaParams<Format>;
 
   struct Smem {
     Tile<tile_bytes> q[width_tiles];
     Tile<tile_bytes> keys[stages][width_tiles];
-    Tile<tile_bytes> weights;                                // [64 rows][64 keys] bfloat16
+    Tile<tile_bytes> weights;                                // [64 rows][64 keys]
     Shared<float> largest[2][mla_rows], total[2][mla_rows];  // of each warpgroup's keys
     Shared<uint32_t> exists[stages][2];                      // a bit a key
     Barrier full[stages], empty[stages], q_full, q_empty;
@@ -48,9 +64,9 @@ struct MlaDecodeKernel {
     int warp = warp_index();
     if (warp == 0 && elect()) {
       prefetch_tensormap(p.q);
-      prefetch_tensormap(p.cache);
+      if constexpr (!is_packed) prefetch_tensormap(p.cache);
       for (int i = 0; i < stages; ++i) {
-        mbarrier_init(s.full[i], 1);
+        mbarrier_init(s.full[i], is_packed ? warpgroup_size / warp_size : 1);
         mbarrier_init(s.empty[i], math_threads / warp_size);
       }
       mbarrier_init(s.q_full, 1);
@@ -59,11 +75,14 @@ struct MlaDecodeKernel {
     }
     bar_sync(0, threads);
     if (warp >= math_threads / warp_size) {
-      setmaxnreg_dec<40>();
-      if (warp == math_threads / warp_size && elect()) produce(p, s);
+      setmaxnreg_dec<is_packed ? 144 : 40>();
+      if constexpr (is_packed)
+        unpack(p, s, warp % 4);
+      else if (warp == math_threads / warp_size && elect())
+        produce(p, s);
       syncwarp();
     } else {
-      setmaxnreg_inc<232>();
+      setmaxnreg_inc<is_packed ? 184 : 232>();
       attend(p, s, warp / 4);
     }
   }
@@ -85,11 +104,7 @@ struct MlaDecodeKernel {
     Piece piece;
     Stage at;
     for (uint32_t q_phase = 0; walk.next(piece); q_phase ^= 1) {
-      mbarrier_wait(s.q_empty, q_phase ^ 1);
-      mbarrier_arrive_expect_tx(s.q_full, width_tiles * tile_bytes);
-      for (int i = 0; i < width_tiles; ++i)
-        cp_async_bulk_tensor<2>(&s.q[i], p.q, {i * 64, piece.request * p.sizes.rows + piece.group * mla_rows},
-                                s.q_full);
+      copy_queries(p, s, piece.request * p.sizes.rows + piece.group * mla_rows, q_phase);
       for (int block = piece.first; block < piece.last; ++block, at.advance()) {
         // Where its keys lie, found before the stage is free.
         int rows[key_block / 16];
@@ -122,7 +137,166 @@ struct MlaDecodeKernel {
     }
   }
 
+  DEVICE static void copy_queries(const Params& p, Smem& s, int row, uint32_t phase) {
+    mbarrier_wait(s.q_empty, phase ^ 1);
+    mbarrier_arrive_expect_tx(s.q_full, width_tiles * tile_bytes);
+    for (int i = 0; i < width_tiles; ++i) cp_async_bulk_tensor<2>(&s.q[i], p.q, {i * 64, row}, s.q_full);
+  }
+
+  // ---- packed keys ----
+  //
+  // A warp has 16 keys of a block, eight of each half; key 2 i + j of the eight is one of bit 2 = j in the numbers of
+  // the lanes that load and store it. So eight lanes that store together have four chunks of 16 bytes of each of two
+  // keys, every other one, which the swizzle spreads over all banks, and what lanes tell each other is told by
+  // instructions without an operand that would have to be kept.
+
+  using Words = Pack<uint32_t, 4>;
+
+  // Keys that are none become zeros.
+  DEVICE static void unpack(const Params& p, Smem& s, int warp) {
+    PackedBlocks next(p);
+    PackedKeys keys[2];  // of each half; the loads of a block are in flight while the one before is converted
+    next.advance(p, warp);
+    int slot = next.slot(p);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) load_latent(p, slot, half, i, keys[half]);
+      load_scale(p, slot, half, keys[half]);
+    }
+    Stage at;
+    for (uint32_t q_phase = 0; next.any; at.advance()) {
+      if (next.first_row >= 0) {
+        if (warp == 0 && elect()) copy_queries(p, s, next.first_row, q_phase);
+        syncwarp();
+        q_phase ^= 1;
+      }
+      next.advance(p, warp);
+      mbarrier_wait(s.empty[at.index], at.phase ^ 1);
+      int lane = lane_index();
+      uint32_t exists = ballot(shfl(slot, lane_of(lane / 8 % 2, lane % 8 / 2, lane % 2)) >= 0);  // in keys' order
+      uint32_t tiles = shared_address(&s.keys[at.index]) + warp * 8 * 128;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        copy_rope(p, tiles + half * half_keys * 128, slot, half);
+        if (lane == 0)
+          store_shared(shared_address(&s.exists[at.index][half]) + warp, static_cast<uint8_t>(exists >> half * 8));
+      }
+      cp_async_commit_group();
+      slot = next.slot(p);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          store_latent(tiles + half * half_keys * 128, i, keys[half]);
+          load_latent(p, slot, half, i, keys[half]);
+        }
+        load_scale(p, slot, half, keys[half]);
+      }
+      cp_async_wait_group<0>();
+      fence_proxy_async();
+      release(s.full[at.index]);
+    }
+  }
+
+  // The lane, of those with bit 1 clear, that knows where key 2 i + j of a half lies.
+  DEVICE static int lane_of(int half, int i, int j) { return i % 2 | j << 2 | half << 3 | i / 2 << 4; }
+
+  // The blocks of keys of all pieces, one after the other: at each, where this lane's key lies.
+  struct PackedBlocks {
+    MlaWalk walk;
+    Piece piece = {};
+    int block = 0, end = 0;
+    bool any = true;    // it is not beyond the last
+    int first_row;      // of q, if a piece begins here; else -1
+    int page, row = 0;  // the key's; page -1: none
+
+    DEVICE PackedBlocks(const Params& p) : walk(p.sizes) {}
+
+    DEVICE void advance(const Params& p, int warp) {
+      first_row = page = -1;
+      if (++block >= end) {
+        any = walk.next(piece);
+        if (!any) return;
+        block = piece.first;
+        end = end_of(piece);
+        first_row = piece.request * p.sizes.rows + piece.group * mla_rows;
+      }
+      int lane = lane_index(), i = lane % 2 + lane / 16 * 2, j = lane / 4 % 2, half = lane / 8 % 2;
+      int token = block * key_block + half * half_keys + warp * 8 + 2 * i + j;
+      if (token >= piece.length) return;
+      page = load_global<int32_t>(p.block_table, int64_t(piece.request) * p.table_pages + token / p.page);
+      row = token % p.page;
+    }
+
+    // As a row of the cache; -1: none. Later, when the entry of the table has come.
+    DEVICE int slot(const Params& p) const { return page >= 0 && page < p.pages ? page * p.page + row : -1; }
+  };
+
+  // Of eight keys: of key 2 i + bit 2, for each i, two times 16 numbers of the latent; and a scale of the key
+  // 2 (bits 0, 1) + bit 2.
+  struct PackedKeys {
+    Words latent[4][2];
+    float scale;
+  };
+
+  DEVICE static void load_latent(const Params& p, int slot, int half, int i, PackedKeys& keys) {
+    int lane = lane_index(), row = shfl_within<0b00100>(slot, lane_of(half, i, 0));
+    int64_t from = int64_t(row) * mla_packed_bytes + (lane / 8 * 4 + lane % 4) * 16;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      keys.latent[i][j] = {};
+      if (row >= 0) keys.latent[i][j] = load_global<Words>(p.packed, from + j * 256);
+    }
+  }
+
+  DEVICE static void load_scale(const Params& p, int slot, int half, PackedKeys& keys) {
+    int lane = lane_index(), row = shfl(slot, lane_of(half, lane % 4, lane / 4 % 2));
+    int64_t from = int64_t(row) * mla_packed_bytes + mla_latent + (lane / 8 % 2 * 2 + lane / 16) * 4;
+    keys.scale = row < 0 ? 0 : load_global<float>(p.packed, from);
+  }
+
+  // Each number rounded once, to bfloat16: what kv_cache.unpack makes of it. `tiles` is where the eight keys begin.
+  DEVICE static void store_latent(uint32_t tiles, int i, const PackedKeys& keys) {
+    int lane = lane_index(), parity = lane / 4 % 2;
+    uint32_t own = tiles + lane / 8 * tile_bytes + parity * 128 + (lane % 4 * 2 ^ parity) * 16;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      float scale = shfl_within<0b10100>(keys.scale, i | j << 3);
+#pragma unroll
+      for (int k = 0; k < 2; ++k) {
+        Words numbers;
+#pragma unroll
+        for (int n = 0; n < 4; ++n) {
+          uint32_t codes = keys.latent[i][j].item[2 * k + n / 2] >> n % 2 * 16;
+          uint32_t pair = cvt_f16x2_e4m3x2(static_cast<uint16_t>(codes));
+          numbers.item[n] = cvt_bf16x2(to_float(float16{static_cast<uint16_t>(pair)}) * scale,
+                                       to_float(float16{static_cast<uint16_t>(pair >> 16)}) * scale);
+        }
+        store_shared((own ^ (2 * i + k) * 16) + j * 4 * tile_bytes + 2 * i * 128, numbers);
+      }
+    }
+  }
+
+  // What lies behind the latent stays as it is.
+  DEVICE static void copy_rope(const Params& p, uint32_t tiles, int slot, int half) {
+    constexpr int rope = mla_packed_bytes - (mla_width - mla_latent) * 2;
+    int lane = lane_index(), key = lane / 16 * 4 + lane / 4 % 2, chunk = lane % 4 * 2 + lane / 8 % 2;
+    uint32_t own = tiles + latent_tiles * tile_bytes + key * 128 + (chunk ^ key) * 16;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      int row = shfl_within<0b10100>(slot, lane_of(half, i, 0));
+      cp_async<16>((own ^ 2 * i * 16) + 2 * i * 128, p.packed, int64_t(row) * mla_packed_bytes + rope + chunk * 16,
+                   row >= 0);
+    }
+  }
+
   // ---- attention ----
+
+  // Of packed pages a piece without keys has a block in which there are none: then every piece begins with one.
+  DEVICE static int end_of(const Piece& piece) {
+    return is_packed && piece.first == piece.last ? piece.first + 1 : piece.last;
+  }
 
   DEVICE static float max_of_quad(float x) {
     x = fmaxf(x, shfl_xor(x, 1));
@@ -155,7 +329,7 @@ struct MlaDecodeKernel {
         limit[j] = p.causal ? piece.length - (p.queries - 1 - query) : piece.length;
       }
       mbarrier_wait(s.q_full, q_phase);
-      for (int block = piece.first; block < piece.last; ++block, at.advance()) {
+      for (int block = piece.first, end = end_of(piece); block < end; ++block, at.advance()) {
         mbarrier_wait(s.full[at.index], at.phase);
         float logits[half_keys / 2];
         multiply_queries(s, at.index, half, logits);
@@ -182,13 +356,14 @@ struct MlaDecodeKernel {
           shrink[j] = ex2(largest[j] - base[j]);
           largest[j] = most[j];
           total[j] *= shrink[j];
+          if constexpr (weight_exponent != 0) base[j] -= weight_exponent;
         }
 #pragma unroll
         for (int i = 0; i < half_keys / 2; ++i) {
           logits[i] = ex2(logits[i] - base[i / 2 % 2]);
           total[i / 2 % 2] += logits[i];
         }
-        if ((exists & other) != 0xffffffff) clear_values(s, at.index, half, exists, other);
+        if (!is_packed && (exists & other) != 0xffffffff) clear_values(s, at.index, half, exists, other);
         stage_weights(s, half, logits);
         fence_proxy_async();
 #pragma unroll
@@ -202,6 +377,14 @@ struct MlaDecodeKernel {
     }
   }
 
+  template <int n, bool transposed_b = false>
+  DEVICE static void multiply(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulate AND_WHERE) {
+    if constexpr (std::is_same_v<Number, float16>)
+      wgmma_f16<n, transposed_b>(d, a, b, accumulate SIM(, where));
+    else
+      wgmma_bf16<n, transposed_b>(d, a, b, accumulate SIM(, where));
+  }
+
   // logits [64 rows][32 keys] = q keys^T, of this warpgroup's half of the keys.
   DEVICE static void multiply_queries(Smem& s, int stage, int half, float (&logits)[half_keys / 2]) {
     wgmma_fence();
@@ -211,7 +394,7 @@ struct MlaDecodeKernel {
       uint64_t b = matrix_descriptor(shared_address(s.keys[stage][tile].data + half * half_keys * 128), 0, 1024,
                                      Swizzle::bytes_128);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) wgmma_bf16<half_keys>(logits, a + k * 2, b + k * 2, tile + k > 0);
+      for (int k = 0; k < 4; ++k) multiply<half_keys>(logits, a + k * 2, b + k * 2, tile + k > 0);
     }
     wgmma_commit_group();
     wgmma_wait_group<0>(logits);
@@ -224,7 +407,7 @@ struct MlaDecodeKernel {
                                    Swizzle::bytes_128);
     wgmma_fence(result);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma_bf16<columns, true>(result, a + k * 2, b + k * (16 * 128 / 16), true);
+    for (int k = 0; k < 4; ++k) multiply<columns, true>(result, a + k * 2, b + k * (16 * 128 / 16), true);
     wgmma_commit_group();
     wgmma_wait_group<0>(result);
   }
@@ -249,7 +432,7 @@ struct MlaDecodeKernel {
     for (int j = 0; j < half_keys / 8; j += 2) {  // two times 8 keys, two times 8 rows
       uint32_t fragment[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) fragment[i] = cvt_bf16x2(weights[j * 4 + 2 * i], weights[j * 4 + 2 * i + 1]);
+      for (int i = 0; i < 4; ++i) fragment[i] = to_pair(weights[j * 4 + 2 * i], weights[j * 4 + 2 * i + 1], Number{});
       int chunk = half * half_keys / 8 + j + lane / 16;
       stmatrix<4, false>(shared_address(&s.weights) + row * 128 + (chunk ^ (row % 8)) * 16, fragment);
     }
@@ -279,7 +462,7 @@ struct MlaDecodeKernel {
       int64_t at = (to + row) * mla_latent + half * columns + fragment_column(i);
       float low = result[i] * inverse[j], high = result[i + 1] * inverse[j];
       if (piece.whole)
-        store_global(p.out, at, cvt_bf16x2(low, high));
+        store_global(p.out, at, to_pair(low, high, Number{}));
       else
         store_global(p.partial_out, at, Pack<float, 2>{low, high});
     }
@@ -287,7 +470,7 @@ struct MlaDecodeKernel {
     for (int j = 0; j < 2; ++j) {
       int row = fragment_row(2 * j);
       if (half != 0 || lane_index() % 4 != 0 || first_row + row >= p.sizes.rows) continue;
-      float lse = sums[j] == 0 ? -__builtin_inff() : largest[j] + lg2(sums[j]);
+      float lse = sums[j] == 0 ? -__builtin_inff() : largest[j] + lg2(sums[j]) - weight_exponent;
       if (piece.whole)
         store_global(p.lse, to + row, lse * 0.693147181f);
       else
@@ -298,13 +481,14 @@ struct MlaDecodeKernel {
 
 // The rows whose keys several pieces share: their results, in the order of the keys. A block takes a row at a time, a
 // thread four columns.
+template <typename T>
 struct MlaMergeKernel {
   static constexpr int threads = mla_latent / 4;
-  static std::string name() { return "MlaMergeKernel"; }
+  static std::string name() { return std::string("MlaMergeKernel<") + format_name<T> + ">"; }
 
   struct Params {
     Global<const float> partial_out, partial_lse;
-    Global<bfloat16> out;
+    Global<T> out;
     Global<float> lse;
     MlaSizes sizes;
     int parts;  // the decoding kernel's blocks
@@ -338,8 +522,8 @@ struct MlaMergeKernel {
       }
       float inverse = total == 0 ? 0 : rcp(total);
       store_global(p.out, i * mla_latent + thread_index() * 4,
-                   Pack<uint32_t, 2>{cvt_bf16x2(sums[0] * inverse, sums[1] * inverse),
-                                     cvt_bf16x2(sums[2] * inverse, sums[3] * inverse)});
+                   Pack<uint32_t, 2>{to_pair(sums[0] * inverse, sums[1] * inverse, T{}),
+                                     to_pair(sums[2] * inverse, sums[3] * inverse, T{})});
       if (thread_index() == 0)
         store_global(p.lse, i, total == 0 ? -__builtin_inff() : (most + lg2(total)) * 0.693147181f);
     }

@@ -10,11 +10,7 @@ namespace jaxkern::cuda::kernels {
 template <typename T>
 struct MergeAttentionKernel {
   static constexpr int threads = 128, fours = 4;
-  static std::string name() {
-    return std::string("MergeAttentionKernel<") + (std::is_same_v<T, float>      ? "float>"
-                                                   : std::is_same_v<T, bfloat16> ? "bfloat16>"
-                                                                                 : "float16>");
-  }
+  static std::string name() { return std::string("MergeAttentionKernel<") + format_name<T> + ">"; }
 
   struct Params {
     Global<const T> outs;      // [parts, rows, width]

@@ -8,9 +8,13 @@
 
 namespace jaxkern::cuda {
 
+namespace {
+
 using namespace jaxkern::cuda::kernels;
 
-Error mla_decode(const MlaDecode& g, Stream stream) {
+template <typename Format>
+Error decode(const MlaDecode& g, Stream stream) {
+  using Number = NumberOf<Format>;
   int64_t rows = g.queries * g.heads, row_groups = ceil_div(rows, mla_rows);
   if (g.batch == 0 || rows == 0) return {};
   MlaSizes sizes = {.seq_lens = {g.seq_lens, g.batch},
@@ -23,45 +27,57 @@ Error mla_decode(const MlaDecode& g, Stream stream) {
   int64_t slots = mla_slots(g.batch, rows, g.num_splits);
   int parts = std::min(multiprocessors(), most_mla_parts);
   if (g.num_splits > 0) parts = std::min<int64_t>(parts, g.batch * row_groups * g.num_splits);
-  MlaParams p = {.q = {},
-                 .cache = {},
-                 .block_table = {g.block_table, g.batch * g.table_pages},
-                 .out = {static_cast<bfloat16*>(g.out), g.batch * rows * mla_latent},
-                 .lse = {g.lse, g.batch * rows},
-                 .partial_out = {g.partial_out, slots * mla_rows * mla_latent},
-                 .partial_lse = {g.partial_lse, slots * mla_rows},
-                 .sizes = sizes,
-                 .heads = static_cast<int>(g.heads),
-                 .queries = static_cast<int>(g.queries),
-                 .pages = static_cast<int>(g.pages),
-                 .page = static_cast<int>(g.page),
-                 .table_pages = static_cast<int>(g.table_pages),
-                 .box_rows = g.page % 64 == 0   ? 64
-                             : g.page % 32 == 0 ? 32
-                                                : 16,
-                 .causal = g.causal,
-                 .scale_log2 = g.softmax_scale * 1.44269504f};
+  MlaParams<Format> p = {.q = {},
+                         .cache = {},
+                         .packed = {static_cast<const uint8_t*>(g.cache), g.pages * g.page * mla_packed_bytes},
+                         .block_table = {g.block_table, g.batch * g.table_pages},
+                         .out = {static_cast<Number*>(g.out), g.batch * rows * mla_latent},
+                         .lse = {g.lse, g.batch * rows},
+                         .partial_out = {g.partial_out, slots * mla_rows * mla_latent},
+                         .partial_lse = {g.partial_lse, slots * mla_rows},
+                         .sizes = sizes,
+                         .heads = static_cast<int>(g.heads),
+                         .queries = static_cast<int>(g.queries),
+                         .pages = static_cast<int>(g.pages),
+                         .page = static_cast<int>(g.page),
+                         .table_pages = static_cast<int>(g.table_pages),
+                         .box_rows = g.page % 64 == 0   ? 64
+                                     : g.page % 32 == 0 ? 32
+                                                        : 16,
+                         .causal = g.causal,
+                         .scale_log2 = g.softmax_scale * 1.44269504f};
   auto map = [](TensorMap& map, const void* data, int64_t rows, int box_rows) {
+    // Of what is only loaded no more than the size of an element matters.
     return tensor_map<2>(map, data, Element::bfloat16, {mla_width, rows}, {mla_width * 2}, {64, box_rows},
                          Swizzle::bytes_128);
   };
-  Error error =
-      first_error({map(p.q, g.q, g.batch * rows, mla_rows), map(p.cache, g.cache, g.pages * g.page, p.box_rows)});
+  Error error = map(p.q, g.q, g.batch * rows, mla_rows);
+  if (error.empty() && !g.packed) error = map(p.cache, g.cache, g.pages * g.page, p.box_rows);
   if (error.empty() && g.num_splits == 0) error = launch<MlaSchedule>(1, 1, {sizes, {g.schedule, g.batch + 1}}, stream);
-  if (error.empty()) error = launch<MlaDecodeKernel>(parts, 1, p, stream);
+  if (error.empty()) error = launch<MlaDecodeKernel<Format>>(parts, 1, p, stream);
   if (!error.empty() || g.num_splits == 1) return error;
-  MlaMergeKernel::Params merge = {.partial_out = {g.partial_out, p.partial_out.size},
-                                  .partial_lse = {g.partial_lse, p.partial_lse.size},
-                                  .out = p.out,
-                                  .lse = p.lse,
-                                  .sizes = sizes,
-                                  .parts = parts};
-  return launch<MlaMergeKernel>(std::min<int64_t>(g.batch * rows, multiprocessors() * 8), 1, merge, stream);
+  typename MlaMergeKernel<Number>::Params merge = {.partial_out = {g.partial_out, p.partial_out.size},
+                                                   .partial_lse = {g.partial_lse, p.partial_lse.size},
+                                                   .out = p.out,
+                                                   .lse = p.lse,
+                                                   .sizes = sizes,
+                                                   .parts = parts};
+  return launch<MlaMergeKernel<Number>>(std::min<int64_t>(g.batch * rows, multiprocessors() * 8), 1, merge, stream);
+}
+
+}  // namespace
+
+Error mla_decode(const MlaDecode& g, Stream stream) {
+  if (g.packed) return decode<Packed>(g, stream);
+  return g.type == Float::float16 ? decode<float16>(g, stream) : decode<bfloat16>(g, stream);
 }
 
 Error prepare_mla_decode() {
-  return once_per_device(
-      [] { return first_error({prepare<MlaSchedule>(), prepare<MlaDecodeKernel>(), prepare<MlaMergeKernel>()}); });
+  return once_per_device([] {
+    return first_error({prepare<MlaSchedule>(), prepare<MlaDecodeKernel<bfloat16>>(),
+                        prepare<MlaDecodeKernel<float16>>(), prepare<MlaDecodeKernel<Packed>>(),
+                        prepare<MlaMergeKernel<bfloat16>>(), prepare<MlaMergeKernel<float16>>()});
+  });
 }
 
 Error merge_attention(const MergeAttention& g, Stream stream) {

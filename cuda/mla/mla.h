@@ -9,21 +9,25 @@
 namespace jaxkern::cuda {
 
 constexpr int mla_width = 576, mla_latent = 512;  // of a key, and of its value
-constexpr int mla_rows = 64;                      // query rows of one piece of work
+constexpr int mla_packed_bytes = mla_latent + mla_latent / 128 * 4 + (mla_width - mla_latent) * 2;  // of a packed key
+constexpr int mla_rows = 64;         // query rows of one piece of work
 constexpr int most_mla_parts = 160;  // blocks of the decoding kernel: no Hopper GPU has more multiprocessors
 
 // out = softmax(scale q keys^T) values, keys and values being rows of the cache. Rows are those of one request: its
-// queries and heads. bfloat16; `page` is a multiple of 16; q, cache and out are aligned to 16 bytes.
+// queries and heads. q, cache and out are of one type, with pages of a multiple of 16 rows, or the cache is packed, as
+// jaxkern/kv_cache.py describes it, and the others bfloat16. They are aligned to 16 bytes.
 struct MlaDecode {
   const void* q;               // [batch, queries, heads, mla_width]
-  const void* cache;           // [pages, page, mla_width]
+  const void* cache;           // [pages, page, mla_width], or bytes [pages, page, mla_packed_bytes]
   const int32_t* block_table;  // [batch, table_pages]
   const int32_t* seq_lens;     // [batch]
   void* out;                   // [batch, queries, heads, mla_latent]
   float* lse;                  // [batch, queries, heads], natural logarithm
-  int32_t* schedule;           // workspace [batch + 1]
-  float* partial_out;          // workspace [mla_slots, mla_rows, mla_latent]
-  float* partial_lse;          // workspace [mla_slots, mla_rows]
+  Float type;                  // bfloat16 or float16
+  bool packed;
+  int32_t* schedule;   // workspace [batch + 1]
+  float* partial_out;  // workspace [mla_slots, mla_rows, mla_latent]
+  float* partial_lse;  // workspace [mla_slots, mla_rows]
   float softmax_scale;
   bool causal;
   int64_t num_splits;  // parts of a request; 0: all requests together are cut into as many as there are blocks

@@ -40,9 +40,7 @@ QuantizeParams<T> quantize_params(uint8_t* values, void* scales, ScaleFormat for
 
 template <typename T>
 std::string quantize_name(const char* kernel) {
-  return std::string(kernel) + (std::is_same_v<T, float>      ? "<float>"
-                                : std::is_same_v<T, bfloat16> ? "<bfloat16>"
-                                                              : "<float16>");
+  return std::string(kernel) + "<" + format_name<T> + ">";
 }
 
 // ---- 16 bytes of x ----

@@ -365,10 +365,10 @@ float from_e4m3(uint8_t x) {
 }
 
 float from_float16(uint16_t x) {
-  int exponent = x >> 10 & 31, mantissa = x & 1023;
+  uint32_t exponent = x >> 10 & 31, mantissa = x & 1023;
   float value = exponent == 31 ? (mantissa ? __builtin_nanf("") : __builtin_inff())
-                : exponent     ? std::ldexp(1024.0f + mantissa, exponent - 25)
-                               : std::ldexp(float(mantissa), -24);
+                : exponent     ? unbits<float>((exponent + 127 - 15) << 23 | mantissa << 13)
+                               : mantissa * 0x1p-24f;
   return x & 0x8000 ? -value : value;
 }
 

@@ -114,7 +114,7 @@ void cp_async_mbarrier_arrive(uint32_t barrier, Where where);
 
 // ---- tensor cores ----
 
-enum class Format { e4m3, bfloat16 };
+enum class Format { e4m3, bfloat16, float16 };
 
 void wgmma_fence(Where where);
 void wgmma(Format format, int n, float* d, const uint32_t* a_fragment, uint64_t a, uint64_t b, bool transposed_b,

@@ -60,7 +60,7 @@ void decode(Format format, const uint8_t* piece, float* values, int step) {
     for (int i = 0; i < 8; ++i) {
       uint16_t b;
       memcpy(&b, piece + 2 * i, 2);
-      values[i * step] = unbits<float>(uint32_t(b) << 16);
+      values[i * step] = format == Format::float16 ? from_float16(b) : unbits<float>(uint32_t(b) << 16);
     }
   }
 }

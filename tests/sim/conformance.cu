@@ -165,6 +165,8 @@ struct Shuffles : Kernel<64> {
     store_global(p.out, 64 + t, shfl(value, (t * 5 + 3) % 32));
     store_global(p.out, 128 + t, float_bits(shfl(bits_float(value), t % 4)));
     for (int i = 0; i < 5; ++i) store_global(p.out, 192 + i * 64 + t, shfl_xor(value, 1 << i));
+    store_global(p.out, 640 + t, shfl_within<0b10100>(value, 0b01010));
+    store_global(p.out, 704 + t, float_bits(shfl_within<0b00011>(bits_float(value), t % 32 / 8 * 4)));
     store_global(p.out, 512 + t, ballot(value % 3 == 0));
     uint32_t elected = ballot(elect());
     store_global(p.out, 576 + t, elected != 0 && (elected & (elected - 1)) == 0 ? 1u : 0u);
@@ -173,7 +175,7 @@ struct Shuffles : Kernel<64> {
 };
 
 void shuffles() {
-  std::vector<uint32_t> in(64), want(640);
+  std::vector<uint32_t> in(64), want(768);
   for (int i = 0; i < 64; ++i) in[i] = as_bits(1.0f + i * 0.25f);  // floats too, none of them NaN
   for (int t = 0; t < 64; ++t) {
     int warp = t / 32 * 32;
@@ -183,8 +185,10 @@ void shuffles() {
     for (int i = 0; i < 5; ++i) want[192 + i * 64 + t] = in[t ^ 1 << i];
     for (int i = 0; i < 32; ++i) want[512 + t] |= uint32_t(in[warp + i] % 3 == 0) << i;
     want[576 + t] = 1;
+    want[640 + t] = in[warp + (t & 0b10100) + 0b01010];
+    want[704 + t] = in[warp + t % 4 + t % 32 / 8 * 4];
   }
-  same(outputs<Shuffles>(in, 640), want);
+  same(outputs<Shuffles>(in, 768), want);
 }
 
 struct Registers : Kernel<384> {
@@ -313,7 +317,7 @@ void matrix_fragments() {
 
 // ---- numbers ----
 
-enum class Function { bf16, f16, e4m3, float16, bfloat16, ex2, lg2, div, rcp, mul, fma, popc, max };
+enum class Function { bf16, f16, e4m3, from_e4m3, float16, bfloat16, ex2, lg2, div, rcp, mul, fma, popc, max };
 
 // Pairs of words in, one word out for each.
 template <Function function>
@@ -326,6 +330,7 @@ struct Numbers : Kernel<128> {
       if constexpr (function == Function::bf16) y = cvt_bf16x2(x, bits_float(second));
       if constexpr (function == Function::f16) y = cvt_f16x2(x, bits_float(second));
       if constexpr (function == Function::e4m3) y = cvt_e4m3x2(x, bits_float(second));
+      if constexpr (function == Function::from_e4m3) y = cvt_f16x2_e4m3x2(static_cast<uint16_t>(first));
       if constexpr (function == Function::float16) y = float_bits(to_float(float16{static_cast<uint16_t>(first)}));
       if constexpr (function == Function::bfloat16) y = float_bits(to_float(bfloat16{static_cast<uint16_t>(first)}));
       if constexpr (function == Function::ex2) y = float_bits(ex2(x));
@@ -444,6 +449,18 @@ void f16_conversion() {
     uint32_t code = got[i / 2] >> i % 2 * 16 & 0xffff, want = want_float16(as_float(in[i]));
     require(code == want, text("%a becomes %#x, not %#x", as_float(in[i]), code, want));
   }
+}
+
+void from_e4m3() {
+  std::vector<uint32_t> in;
+  for (uint32_t i = 0; i < 65536; ++i) in.insert(in.end(), {i, 0});
+  auto got = apply<Function::from_e4m3>(in);
+  for (uint32_t i = 0; i < 65536; ++i)
+    for (int half = 0; half < 2; ++half) {
+      uint32_t code = i >> half * 8 & 0xff, half_got = got[i] >> half * 16 & 0xffff;
+      bool right = (code & 0x7f) == 0x7f ? (half_got & 0x7fff) > 0x7c00 : half_got == want_float16(e4m3_value(code));
+      require(right, text("e4m3 %#x of %#x becomes %#x", code, i, half_got));
+    }
 }
 
 void from_16_bits() {
@@ -1052,7 +1069,9 @@ void async_copy() {
 // in shared memory, D before, by thread, and A in registers, by step and thread.
 constexpr int a_image = 8192, b_image = 32768;
 
-template <bool fp8, int n, bool a_in_registers, bool transposed_b, int steps>
+enum class Format { e4m3, bf16, f16 };
+
+template <Format format, int n, bool a_in_registers, bool transposed_b, int steps>
 struct Product : Kernel<128> {
   struct Smem {
     Tile<a_image> a;
@@ -1085,10 +1104,12 @@ struct Product : Kernel<128> {
       uint64_t b =
           matrix_descriptor(shared_address(&s.b) + step * p.n[5], p.n[3], p.n[4], static_cast<Swizzle>(p.n[7]));
       bool accumulate = step > 0 || p.at[0];
-      if constexpr (fp8 && a_in_registers) wgmma_e4m3<n>(d, fragments[step], b, accumulate);
-      if constexpr (fp8 && !a_in_registers) wgmma_e4m3<n>(d, a, b, accumulate);
-      if constexpr (!fp8 && a_in_registers) wgmma_bf16<n, transposed_b>(d, fragments[step], b, accumulate);
-      if constexpr (!fp8 && !a_in_registers) wgmma_bf16<n, transposed_b>(d, a, b, accumulate);
+      if constexpr (format == Format::e4m3 && a_in_registers) wgmma_e4m3<n>(d, fragments[step], b, accumulate);
+      if constexpr (format == Format::e4m3 && !a_in_registers) wgmma_e4m3<n>(d, a, b, accumulate);
+      if constexpr (format == Format::bf16 && a_in_registers)
+        wgmma_bf16<n, transposed_b>(d, fragments[step], b, accumulate);
+      if constexpr (format == Format::bf16 && !a_in_registers) wgmma_bf16<n, transposed_b>(d, a, b, accumulate);
+      if constexpr (format == Format::f16) wgmma_f16<n, transposed_b>(d, a, b, accumulate);
     }
     wgmma_commit_group();
     wgmma_wait_group<0>(d);
@@ -1103,8 +1124,9 @@ int unswizzled_position(int r, int b, int leading, int stride) {
 }
 
 // `by_columns`: without a swizzle, whether the 8 x 16 byte matrices lie column after column or row after row.
-template <bool fp8, int n, bool a_in_registers, bool transposed_b, int steps>
+template <Format format, int n, bool a_in_registers, bool transposed_b, int steps>
 void product(Swizzle swizzle, bool by_columns = false) {
+  constexpr bool fp8 = format == Format::e4m3;
   constexpr int size = fp8 ? 1 : 2, k = steps * 32 / size, k_bytes = steps * 32;
   std::mt19937 random(n + 2 * fp8);
   auto small = [&] { return float(int(random() % 5) - 2); };
@@ -1112,7 +1134,7 @@ void product(Swizzle swizzle, bool by_columns = false) {
   for (auto* matrix : {&a, &b, &c})
     for (float& x : *matrix) x = small();
   auto put = [&](uint8_t* to, float x) {
-    uint32_t code = fp8 ? want_e4m3(x) : as_bits(x) >> 16;
+    uint32_t code = fp8 ? want_e4m3(x) : format == Format::f16 ? want_float16(x) : as_bits(x) >> 16;
     memcpy(to, &code, size);
   };
   Swizzle a_swizzle = transposed_b ? Swizzle::bytes_128 : swizzle;
@@ -1164,7 +1186,7 @@ void product(Swizzle swizzle, bool by_columns = false) {
       }
   for (int accumulate = 0; accumulate < 2; ++accumulate) {
     p.at[0] = accumulate;
-    auto got = outputs<Product<fp8, n, a_in_registers, transposed_b, steps>>(in, 64 * n, p);
+    auto got = outputs<Product<format, n, a_in_registers, transposed_b, steps>>(in, 64 * n, p);
     for (int t = 0; t < 128; ++t)
       for (int i = 0; i < n / 2; ++i) {
         int r = row(t, i), col = column(t, i);
@@ -1196,7 +1218,7 @@ float tensor_sum(const std::vector<std::pair<float, float>>& products, float acc
   p.n[1] = p.n[4] = 256;
   p.n[6] = p.n[7] = static_cast<int>(Swizzle::bytes_32);
   p.at[0] = 1;
-  return as_float(outputs<Product<fp8, 8, false, false, 1>>(in, 64 * 8, p)[0]);
+  return as_float(outputs<Product<fp8 ? Format::e4m3 : Format::bf16, 8, false, false, 1>>(in, 64 * 8, p)[0]);
 }
 
 // Two factors that both formats hold, with the product s 2^e: e from -16 to 8, s of three bits.
@@ -1290,26 +1312,29 @@ struct Case {
 template <int n>
 void add_products(std::vector<Case>& cases) {
   auto add = [&](const char* kind, auto run) { cases.push_back({text("wgmma %s, n %d", kind, n), run}); };
-  add("e4m3", [] { product<true, n, false, false, 4>(Swizzle::bytes_128); });
-  add("e4m3, A in registers", [] { product<true, n, true, false, 4>(Swizzle::bytes_128); });
-  add("bf16", [] { product<false, n, false, false, 4>(Swizzle::bytes_128); });
-  add("bf16, A in registers", [] { product<false, n, true, false, 4>(Swizzle::bytes_128); });
-  add("bf16, B MN-major", [] { product<false, n, false, true, 4>(Swizzle::bytes_128); });
-  add("bf16, A in registers, B MN-major", [] { product<false, n, true, true, 4>(Swizzle::bytes_128); });
+  add("e4m3", [] { product<Format::e4m3, n, false, false, 4>(Swizzle::bytes_128); });
+  add("e4m3, A in registers", [] { product<Format::e4m3, n, true, false, 4>(Swizzle::bytes_128); });
+  add("bf16", [] { product<Format::bf16, n, false, false, 4>(Swizzle::bytes_128); });
+  add("bf16, A in registers", [] { product<Format::bf16, n, true, false, 4>(Swizzle::bytes_128); });
+  add("bf16, B MN-major", [] { product<Format::bf16, n, false, true, 4>(Swizzle::bytes_128); });
+  add("f16", [] { product<Format::f16, n, false, false, 4>(Swizzle::bytes_128); });
+  add("f16, B MN-major", [] { product<Format::f16, n, false, true, 4>(Swizzle::bytes_128); });
+  add("bf16, A in registers, B MN-major", [] { product<Format::bf16, n, true, true, 4>(Swizzle::bytes_128); });
 }
 
 template <bool fp8>
 void add_layouts(std::vector<Case>& cases) {
+  constexpr Format format = fp8 ? Format::e4m3 : Format::bf16;
   std::string kind = fp8 ? "wgmma e4m3, " : "wgmma bf16, ";
   auto add = [&](const char* layout, auto run) { cases.push_back({kind + layout, run}); };
-  add("64-byte swizzle", [] { product<fp8, 64, false, false, 2>(Swizzle::bytes_64); });
-  add("64-byte swizzle, A in registers", [] { product<fp8, 96, true, false, 2>(Swizzle::bytes_64); });
-  add("32-byte swizzle", [] { product<fp8, 64, false, false, 1>(Swizzle::bytes_32); });
-  add("no swizzle", [] { product<fp8, 64, false, false, 2>(Swizzle::none); });
-  add("no swizzle, by columns", [] { product<fp8, 64, false, false, 2>(Swizzle::none, true); });
+  add("64-byte swizzle", [] { product<format, 64, false, false, 2>(Swizzle::bytes_64); });
+  add("64-byte swizzle, A in registers", [] { product<format, 96, true, false, 2>(Swizzle::bytes_64); });
+  add("32-byte swizzle", [] { product<format, 64, false, false, 1>(Swizzle::bytes_32); });
+  add("no swizzle", [] { product<format, 64, false, false, 2>(Swizzle::none); });
+  add("no swizzle, by columns", [] { product<format, 64, false, false, 2>(Swizzle::none, true); });
   if constexpr (!fp8) {
-    add("64-byte swizzle, B MN-major", [] { product<false, 96, false, true, 4>(Swizzle::bytes_64); });
-    add("32-byte swizzle, B MN-major", [] { product<false, 96, false, true, 4>(Swizzle::bytes_32); });
+    add("64-byte swizzle, B MN-major", [] { product<Format::bf16, 96, false, true, 4>(Swizzle::bytes_64); });
+    add("32-byte swizzle, B MN-major", [] { product<Format::bf16, 96, false, true, 4>(Swizzle::bytes_32); });
   }
 }
 
@@ -1358,6 +1383,7 @@ std::vector<Case> all_cases() {
       {"cvt_e4m3x2", e4m3_conversion},
       {"cvt_bf16x2", bf16_conversion},
       {"cvt_f16x2", f16_conversion},
+      {"cvt_f16x2_e4m3x2", from_e4m3},
       {"to_float", from_16_bits},
       {"ex2", exponential},
       {"lg2", logarithm},
