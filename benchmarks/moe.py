@@ -1,4 +1,10 @@
-"""route, dispatch, combine and the whole expert layer against plain XLA: argsort and take, segment_sum, ragged_dot."""
+"""route, dispatch, combine and the whole expert layer against plain XLA: argsort and take, segment_sum, ragged_dot.
+
+`python -m benchmarks.moe --scaling` prints how time and memory of dispatch + combine grow with the tokens.
+"""
+
+import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +13,7 @@ import numpy as np
 import jaxkern
 from benchmarks import common
 
-F32 = jnp.float32
+BF16, F32 = jnp.bfloat16, jnp.float32
 
 
 def rows(quick: bool):
@@ -15,8 +21,9 @@ def rows(quick: bool):
     for tokens, hidden, experts, top_k in shapes:
         yield _route(tokens, max(experts, 64), top_k)
         yield _dispatch_combine(tokens, hidden, experts, top_k)
-    for tokens in (256,) if quick else (256, 1024):
-        yield _layer(tokens, 512, 512, 16, 4)
+    for tokens, bar in ((256, 8),) if quick else ((256, 8), (4096, 5)):
+        yield _layer(tokens, 1024, 512, 16, 4, "fp8", bar)
+        yield _layer(tokens, 1024, 512, 16, 4, BF16, None)
 
 
 def _route(tokens, experts, top_k):
@@ -45,16 +52,12 @@ def _dispatch_combine(tokens, hidden, experts, top_k):
     x = common.normal((tokens, hidden))
     ids, weights = _skewed_routing(tokens, experts, top_k)
 
-    def ours(x, ids, weights):
-        received, handle = jaxkern.dispatch(x, ids, weights, num_experts=experts)
-        return jaxkern.combine(received, handle)
-
     # Both read and write every assignment's row twice, and the tokens once.
     moved = 2 * tokens * top_k * hidden * 4 + 2 * common.nbytes(x)
     return common.compare(
         "dispatch + combine",
         f"t={tokens} h={hidden} e={experts} k={top_k}",
-        ours,
+        functools.partial(_our_pair, experts=experts),
         {
             "segment_sum": lambda *a: _xla_combine_by_segments(*_xla_dispatch(*a, experts), a),
             "inverse take": lambda *a: _xla_combine_by_take(*_xla_dispatch(*a, experts), a),
@@ -63,6 +66,11 @@ def _dispatch_combine(tokens, hidden, experts, top_k):
         flops=2 * tokens * top_k * hidden,
         bytes=moved,
     )
+
+
+def _our_pair(x, ids, weights, *, experts):
+    received, handle = jaxkern.dispatch(x, ids, weights, num_experts=experts)
+    return jaxkern.combine(received, handle)
 
 
 def _xla_dispatch(x, ids, weights, experts):
@@ -82,42 +90,81 @@ def _xla_combine_by_take(rows, _, order, arrays):
     return jnp.einsum("tkh,tk->th", rows[back].reshape(*ids.shape, -1), weights)
 
 
-def _layer(tokens, hidden, width, experts, top_k):
-    x = common.normal((tokens, hidden))
-    ids, weights = _skewed_routing(tokens, experts, top_k)
-    gate, up = (common.normal((experts, width, hidden), seed=s) / 20 for s in (1, 2))
-    down = common.normal((experts, hidden, width), seed=3) / 20
-
-    def ours(x, ids, weights, gate, up, down):
-        received, handle = jaxkern.dispatch(x, ids, weights, num_experts=experts)
-
-        def product(a, b):
-            return jaxkern.grouped_gemm(a, b, handle.group_sizes)
-
-        y = product(jax.nn.silu(product(received, gate)) * product(received, up), down)
-        return jaxkern.combine(y, handle)
-
-    def xla(x, ids, weights, gate, up, down):
-        received, sizes, order = _xla_dispatch(x, ids, weights, experts)
-
-        def product(a, b):
-            return jax.lax.ragged_dot(a, b, sizes)
-
-        y = product(jax.nn.silu(product(received, gate)) * product(received, up), down)
-        return _xla_combine_by_take(y, sizes, order, (x, ids, weights))
-
-    arrays = (x, ids, weights, gate, up, down)
+def _layer(tokens, hidden, width, experts, top_k, stored, bar):
+    """The whole layer with its shared expert. XLA multiplies what `stored` holds: FP8 weights' values are float32's."""
+    x = common.normal((tokens, hidden), BF16)
+    router, bias = common.normal((experts, hidden)) / hidden**0.5, jnp.linspace(0.1, 0, experts)  # skewed
+    routed = [
+        common.normal((experts, *shape), seed=s) / 20 for s, shape in enumerate(((2 * width, hidden), (hidden, width)))
+    ]
+    shared = [common.normal(shape, seed=s) / 20 for s, shape in enumerate(((2 * width, hidden), (hidden, width)))]
+    plain = [[w.astype(F32 if stored == "fp8" else stored) for w in pair] for pair in (routed, shared)]
+    ours = [[jaxkern.quantize(w, (128, 128)) for w in pair] for pair in (routed, shared)] if stored == "fp8" else plain
+    transposed = [[w.swapaxes(-1, -2) for w in pair] for pair in plain]  # as ragged_dot is fastest
+    choice = {"top_k": top_k, "num_groups": 4, "topk_groups": 2, "scale": 2.5}
+    # Each assignment's three products, and the shared expert's three.
+    flops = 6 * tokens * (top_k + 1) * hidden * width
     return common.compare(
-        "expert layer f32",
+        f"MoE layer {jnp.dtype(stored).name if stored != 'fp8' else 'fp8'}",
         f"t={tokens} h={hidden} i={width} e={experts} k={top_k}",
-        ours,
-        {"ragged_dot": xla},
-        arrays,
-        flops=6 * tokens * top_k * hidden * width,
-        bytes=common.nbytes(arrays) + common.nbytes(x),
-        xla_args=(x, ids, weights, *(w.swapaxes(1, 2) for w in (gate, up, down))),
+        functools.partial(_our_layer, choice=choice),
+        {
+            f"ragged_dot, {jnp.dtype(dtype).name}": functools.partial(_xla_layer, choice=choice, dtype=dtype)
+            for dtype in {F32, plain[0][0].dtype.type}
+        },
+        (x, router, bias, *ours),
+        xla_args=(x, router, bias, *transposed),
+        flops=flops,
+        bytes=common.nbytes(x, router, ours) + common.nbytes(x),
+        bar=bar,
     )
 
 
+def _our_layer(x, router, bias, routed, shared, *, choice):
+    def mlp(x, weights, group_sizes=None):
+        groups = () if group_sizes is None else (group_sizes,)
+        product = jaxkern.grouped_gemm if groups else jaxkern.gemm
+        gate_up, down = weights
+        if not isinstance(down, jaxkern.ScaledArray):
+            gate, up = jnp.split(product(x, gate_up, *groups, out_dtype=x.dtype), 2, axis=-1)
+            return product(jax.nn.silu(gate) * up, down, *groups, out_dtype=BF16)
+        x = x if isinstance(x, jaxkern.ScaledArray) else jaxkern.quantize(x, (1, 128))
+        gate_up = product(x, gate_up, *groups, out_dtype=BF16)
+        return product(jaxkern.swiglu_quantize(gate_up), down, *groups, out_dtype=BF16)
+
+    ids, weights = jaxkern.route(jaxkern.gemm(x.astype(F32), router), bias, **choice)
+    quantize = "fp8" if isinstance(routed[0], jaxkern.ScaledArray) else None
+    received, handle = jaxkern.dispatch(x, ids, weights, num_experts=len(bias), quantize=quantize)
+    return jaxkern.combine(mlp(received, routed, handle.group_sizes), handle, bias=mlp(x, shared))
+
+
+def _xla_layer(x, router, bias, routed, shared, *, choice, dtype):
+    def mlp(product, x, weights):
+        gate_up, down = (w.astype(dtype) for w in weights)
+        gate, up = jnp.split(product(x.astype(dtype), gate_up), 2, axis=-1)
+        return product(jax.nn.silu(gate) * up, down)
+
+    logits = x.astype(F32) @ router.T
+    ids, weights = jaxkern.route(logits, bias, **choice, implementation="xla")
+    received, sizes, order = _xla_dispatch(x, ids, weights, len(bias))
+    y = mlp(lambda a, b: jax.lax.ragged_dot(a, b, sizes), received, routed)
+    out = _xla_combine_by_take(y, sizes, order, (x, ids, weights)) + mlp(jnp.matmul, x, shared)
+    return out.astype(x.dtype)
+
+
+def print_scaling():
+    """What dispatch + combine take of time and memory for more and more tokens; XLA's own account of the memory."""
+    hidden, experts, top_k = 2048, 64, 8
+    print(f"dispatch + combine, bfloat16, h={hidden} e={experts} k={top_k}")
+    print(f"{'tokens':>8} {'ms':>8} {'us a token':>11} {'MiB':>8} {'KiB a token':>12}")
+    for tokens in (1024, 2048, 4096, 8192, 16384, 32768, 65536):
+        arrays = common.normal((tokens, hidden), BF16), *_skewed_routing(tokens, experts, top_k)
+        compiled = jax.jit(functools.partial(_our_pair, experts=experts)).lower(*arrays).compile()
+        (ms,) = common.medians([lambda f=compiled, a=arrays: jax.block_until_ready(f(*a))], 0.5)
+        memory = compiled.memory_analysis()
+        size = memory.temp_size_in_bytes + memory.output_size_in_bytes
+        print(f"{tokens:8} {ms:8.2f} {ms * 1e3 / tokens:11.2f} {size / 2**20:8.0f} {size / 2**10 / tokens:12.1f}")
+
+
 if __name__ == "__main__":
-    common.main("moe", rows)
+    print_scaling() if "--scaling" in sys.argv else common.main("moe", rows)

@@ -36,8 +36,10 @@ constexpr float kInfinity = __builtin_inff();
 #if defined(JAXKERN_LEVEL_avx512)
 constexpr int kPanelTokens = 12, kHalfPanelTokens = 24, kValueRows = 8, kValueRegisters = 3;
 #else
-constexpr int kPanelTokens = 6, kHalfPanelTokens = 12, kValueRows = 4, kValueRegisters = 2;
+constexpr int kPanelTokens = 6, kHalfPanelTokens = 12, kValueRows = 6, kValueRegisters = 2;
 #endif
+constexpr int64_t kPanelColumns = 192;  // of a panel at a time: they stay in the first cache for all tokens
+constexpr int64_t kAheadColumns = 4;    // for each cache line that is fetched ahead
 constexpr int kPanel = 2 * kLanes;  // rows whose queries lie together: [width][kPanel]; the last may be half as wide
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -119,6 +121,8 @@ JAXKERN_INLINE void copy(const T* from, float* to, int64_t n) {
   for (; i < n; ++i) to[i] = to_f32(from[i]);
 }
 
+constexpr int64_t kFetched = 64;  // bytes at a time
+
 JAXKERN_INLINE void zero(void* to, int64_t bytes) { std::memset(to, 0, bytes); }
 
 // A row of the cache as numbers.
@@ -129,12 +133,16 @@ JAXKERN_INLINE void load_row(const MlaDecodeParams& p, const T* row, To* to) {
 
 JAXKERN_INLINE void load_row(const MlaDecodeParams& p, const e4m3* row, float* to) {
   const e4m3* scales = row + p.latent;
+  bool nan = any_nan(row, p.latent);
   for (int64_t i = 0; i < p.latent; i += kLatentBlock, scales += sizeof(float)) {
     float scale = load_raw<float>(scales);
-    for (int64_t k = i; k < at_most(i + kLatentBlock, p.latent); k += kLanes) {
+    int64_t k = i, end = at_most(i + kLatentBlock, p.latent);
+    for (; !nan && k + kFetched <= end; k += kFetched) {
       prefetch(row + k);
-      store_lanes(to + k, load_lanes(row + k, p.latent - k) * scale, p.latent - k);
+#pragma GCC unroll 8
+      for (int64_t j = k; j < k + kFetched; j += kLanes) store(to + j, load_fast(row + j) * kFastUnit * scale);
     }
+    for (; k < end; k += kLanes) store_lanes(to + k, load_lanes(row + k, p.latent - k) * scale, p.latent - k);
   }
   copy(reinterpret_cast<const bf16*>(scales), to + p.latent, p.width - p.latent);
 }
@@ -177,12 +185,30 @@ void load_tile(const MlaDecodeParams& p, const Keys& keys, int64_t padded, int64
   }
 }
 
-// logits [kTokens][stride] of kRegisters * kLanes rows: scale * products.
+// The rows of the next tile or group, which are fetched a cache line at a time while this one is computed: rows are
+// read in one go, faster than memory could follow.
+struct Ahead {
+  const char *const *row, *const *end;
+  int64_t bytes, offset;
+
+  JAXKERN_INLINE void step() {
+    if (row == end) return;
+    __builtin_prefetch(*row + offset, 0, 2);
+    offset += 64;
+    if (offset >= bytes) {
+      offset = 0;
+      ++row;
+    }
+  }
+};
+
+// logits [kTokens][stride] of kRegisters * kLanes rows: += scale * products of these columns, or = for the first.
 template <int kTokens, int kRegisters>
-void logits_block(const float* tile, int64_t key_stride, const float* panel, int64_t width, float scale, float* logits,
-                  int64_t stride) {
+void logits_block(const float* tile, int64_t key_stride, const float* panel, int64_t columns, float scale, bool first,
+                  float* logits, int64_t stride, Ahead& ahead) {
   f32v acc[kTokens][kRegisters] = {};
-  for (int64_t k = 0; k < width; ++k) {
+  for (int64_t k = 0; k < columns; ++k) {
+    if (k % kAheadColumns == 0) ahead.step();
     f32v q[kRegisters];
 #pragma GCC unroll 2
     for (int j = 0; j < kRegisters; ++j) q[j] = load(panel + (k * kRegisters + j) * kLanes);
@@ -196,20 +222,24 @@ void logits_block(const float* tile, int64_t key_stride, const float* panel, int
 #pragma GCC unroll 24
   for (int i = 0; i < kTokens; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < kRegisters; ++j) store(logits + i * stride + j * kLanes, acc[i][j] * scale);
+    for (int j = 0; j < kRegisters; ++j) {
+      float* to = logits + i * stride + j * kLanes;
+      store(to, acc[i][j] * scale + (first ? f32v{} : load(to)));
+    }
 }
 
 void logits_of(const float* tile, int64_t tokens, int64_t key_stride, const float* panels, int64_t rows, int64_t width,
-               float scale, float* logits) {
+               float scale, float* logits, Ahead& ahead) {
+  auto panel = [&]<int kTokens, int kRegisters>(int64_t row) {
+    for (int64_t k = 0; k < width; k += kPanelColumns)
+      for (int64_t i = 0; i < tokens; i += kTokens)
+        logits_block<kTokens, kRegisters>(
+            tile + i * key_stride + k, key_stride, panels + row * width + k * kRegisters * kLanes,
+            at_most(kPanelColumns, width - k), scale, k == 0, logits + i * rows + row, rows, ahead);
+  };
   int64_t row = 0;
-  for (; row + kPanel <= rows; row += kPanel)
-    for (int64_t i = 0; i < tokens; i += kPanelTokens)
-      logits_block<kPanelTokens, 2>(tile + i * key_stride, key_stride, panels + row * width, width, scale,
-                                    logits + i * rows + row, rows);
-  if (row < rows)
-    for (int64_t i = 0; i < tokens; i += kHalfPanelTokens)
-      logits_block<kHalfPanelTokens, 1>(tile + i * key_stride, key_stride, panels + row * width, width, scale,
-                                        logits + i * rows + row, rows);
+  for (; row + kPanel <= rows; row += kPanel) panel.template operator()<kPanelTokens, 2>(row);
+  if (row < rows) panel.template operator()<kHalfPanelTokens, 1>(row);
 }
 
 // One row in each lane.
@@ -283,7 +313,8 @@ void values_columns(const float* weights, int64_t weight_stride, int64_t rows, c
                                       acc + r * acc_stride, acc_stride);
   };
   block.template operator()<kValueRows>();
-  block.template operator()<kValueRows / 2>();
+  block.template operator()<4>();
+  block.template operator()<2>();
   block.template operator()<1>();
 }
 
@@ -335,14 +366,17 @@ void attend(const MlaDecodeParams& p, const Plan& plan, const Task& task, Softma
   float* panels = static_cast<float*>(scratch(rows * (p.width + kTile) * sizeof(float), 0));
   float* weights = panels + rows * p.width;
   float* tile = static_cast<float*>(scratch(kTile * stride * sizeof(float), 1));
-  Keys keys;
+  Keys tiles[2];
   const Q* q = static_cast<const Q*>(p.q) + (task.request * plan.rows + task.begin) * p.width;
   pack_queries(q, task.rows, p.width, panels);
-  for (int64_t token = task.first; token < last;) {
-    token = find_keys(p, task.request, token, last, kTile, keys);
+  int64_t token = find_keys(p, task.request, task.first, last, kTile, tiles[0]);
+  for (int i = 0; tiles[i].count > 0; i = 1 - i) {
+    const Keys &keys = tiles[i], &next = tiles[1 - i];
+    token = find_keys(p, task.request, token, last, kTile, tiles[1 - i]);
+    Ahead ahead = {next.rows, next.rows + next.count, row_bytes(p.cache_type, p.width, p.latent), 0};
     int64_t padded = round_up(keys.count, kHalfPanelTokens);
     load_tile<Cache>(p, keys, padded, stride, tile);
-    logits_of(tile, padded, stride, panels, rows, p.width, p.softmax_scale * kLog2E, weights);
+    logits_of(tile, padded, stride, panels, rows, p.width, p.softmax_scale * kLog2E, weights, ahead);
     mask(state, rows, keys, weights);
     update(state, rows, keys.count, weights);
     hide_partial_keys(state, keys, tile, stride, plan.acc_stride);
@@ -435,23 +469,6 @@ void load_group(const Blocks& blocks, int64_t i, const Keys& keys, int64_t begin
   }
   std::memset(group + count * kPairKeyStride, 0, (kPairGroup - count) * kPairKeyStride * sizeof(bf16));
 }
-
-// The rows of the next group, which are fetched a cache line at a time while this group is computed: its rows are read
-// in one go, faster than memory could follow.
-struct Ahead {
-  const char *const *row, *const *end;
-  int64_t bytes, offset;
-
-  JAXKERN_INLINE void step() {
-    if (row == end) return;
-    __builtin_prefetch(*row + offset, 0, 2);
-    offset += 64;
-    if (offset >= bytes) {
-      offset = 0;
-      ++row;
-    }
-  }
-};
 
 // logits [kTokens][stride] of kRegisters * kLanes rows: += both scales * the products of one block, or = for the first.
 template <int kTokens, int kRegisters>
