@@ -415,7 +415,7 @@ def quantize_case(m: int, k: int, block_shape: tuple[int, int]) -> Case:
 
 
 def moe_cases(tokens: int, hidden: int, experts: int, top_k: int) -> list[Case]:
-    """The moves of rows on one device, with DeepEP's sizes; a token's experts are distinct and drawn evenly."""
+    """Routing and the moves of rows on one device, with DeepEP's sizes; a token's experts are distinct and drawn evenly."""
     rows = tokens * top_k
 
     def tensors(seed, **arrays):
@@ -425,6 +425,8 @@ def moe_cases(tokens: int, hidden: int, experts: int, top_k: int) -> list[Case]:
         slots, source, *_ = _ffi.call(moe.ASSIGN_SLOTS, ids, implementation="xla", **options)
         shared = {"ids": ids, "slots": slots, "source": source, "none": jnp.zeros((0, 0))}
         shared["weights"] = jnp.asarray(random.random((tokens, top_k)), jnp.float32)
+        shared["scores"] = jnp.asarray(random.random((tokens, experts)), jnp.float32)
+        shared["bias"] = jnp.asarray(random.random(experts) / 4, jnp.float32)
         return shared | {name: jax.random.normal(jax.random.key(seed), shape, BF16) for name, shape in arrays.items()}
 
     def case(name, op, names, flops=0, plain=None, results=1, arrays=None, **options):
@@ -449,6 +451,7 @@ def moe_cases(tokens: int, hidden: int, experts: int, top_k: int) -> list[Case]:
     x, y, assign = {"x": (tokens, hidden)}, {"y": (rows, hidden)}, {"slabs": False, "alignment": 1, "rows": rows}
     products = 2 * rows * hidden
     return [
+        case("route", moe.ROUTE, "scores bias", num_groups=8, topk_groups=4, top_k=top_k),
         case("assign_slots", moe.ASSIGN_SLOTS, "ids", results=3, num_groups=experts, **assign),
         case(
             "gather_rows", moe.GATHER_ROWS, "x source none", plain={"take": take}, arrays=x, top_k=top_k, weighted=False

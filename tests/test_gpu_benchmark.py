@@ -33,7 +33,7 @@ def case_without_gpu(case):
 MACHINE = {"copy_bytes_per_s": 1e12, "bf16_flops_per_s": 1e14}
 
 
-@pytest.mark.parametrize("arguments, cases", [([], 90), (["--family", "quantize"], 2), (["--quick"], 27)])
+@pytest.mark.parametrize("arguments, cases", [([], 92), (["--family", "quantize"], 2), (["--quick"], 28)])
 def test_plan(arguments, cases, capsys):
     assert gpu.main(["--plan", *arguments]) == 0
     out = capsys.readouterr().out
@@ -61,7 +61,7 @@ def test_measured_rows():
 
 
 def test_rows_of_the_moves():
-    for case in map(case_without_gpu, gpu.moe_cases(12, 256, 8, 3)):
+    for case in map(case_without_gpu, gpu.moe_cases(12, 256, 16, 3)):
         rows = {row.form: row for row in gpu.measure(case, FakeClock(), MACHINE)}
         assert list(rows) == list(case.forms) and all(row.us == 1000 for row in rows.values())
         assert rows["ours"].difference < 1e-6

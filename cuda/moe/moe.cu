@@ -112,7 +112,9 @@ Error route(const Route& g, Stream stream) {
   return launch<ChooseExperts>(blocks_for<ChooseExperts>(ceil_div(g.tokens, ChooseExperts::warps)), 1, p, stream);
 }
 
-Error prepare_route() { return once_per_device(prepare<ChooseExperts>); }
+Error prepare_route() {
+  return once_per_device([] { return prepare<ChooseExperts>(); });
+}
 
 Error assign_slots(const AssignSlots& g, Stream stream) {
   bool few = g.assignments <= few_assignments && g.rows <= few_rows;
