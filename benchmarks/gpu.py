@@ -415,7 +415,7 @@ def quantize_case(m: int, k: int, block_shape: tuple[int, int]) -> Case:
 
 
 def moe_cases(tokens: int, hidden: int, experts: int, top_k: int) -> list[Case]:
-    """Routing and the moves of rows on one device, with DeepEP's sizes; a token's experts are distinct and drawn evenly."""
+    """Routing and the moves of rows on one device, with DeepEP's sizes; tokens draw distinct experts, evenly."""
     rows = tokens * top_k
 
     def tensors(seed, **arrays):

@@ -26,7 +26,7 @@ from jaxkern.quantize import quantize as quantize_rows
 from jaxkern.sums import sum_in_order
 
 MAX_TOP_K = 64  # what the kernels hold in registers and on the stack
-MOST_EXPERTS = 1024  # that a Hopper kernel chooses from
+MOST_EXPERTS, MOST_EXPERT_GROUPS = 1024, 256  # that a Hopper kernel chooses from
 LAYOUTS = ("expert", "rank", "masked")
 TRANSPORTS = ("all_to_all", "ragged", "gather")
 REDUCTIONS = ("rank", "expert")
@@ -54,7 +54,7 @@ def route(
         sum + 1e-20 if `normalize`, times `scale`.
     Sharding: shard_map over tokens.
     Gradient: of the weights, to the logits. The choice and the bias have none: the bias is moved by the load.
-    Implementations: cpu, xla, cuda, sim; the latter two take at most 1024 experts.
+    Implementations: cpu, xla, cuda, sim; the latter two take at most 1024 experts in 256 groups.
     Errors: TypeError for a dtype, ValueError for a shape, groups that do not divide the experts, or top_k experts that
         topk_groups groups do not hold.
     Source: DeepSeek-V3 report, section 2.1.2, equations 12 to 16.
@@ -709,10 +709,13 @@ def _ceil_to(x, multiple):
     return -(-x // multiple) * multiple
 
 
-def _hopper_refuses_route(scores, *_, **__):
+def _hopper_refuses_route(scores, _, *, num_groups, **__):
     experts = scores.shape[1]
-    many = isinstance(experts, int) and experts > MOST_EXPERTS
-    return f"there must be at most {MOST_EXPERTS} experts, got {experts}" if many else ""
+    if isinstance(experts, int) and experts > MOST_EXPERTS:
+        return f"there must be at most {MOST_EXPERTS} experts, got {experts}"
+    if num_groups > MOST_EXPERT_GROUPS:
+        return f"num_groups must be at most {MOST_EXPERT_GROUPS}, got {num_groups}"
+    return ""
 
 
 ROUTE = _ffi.Op(

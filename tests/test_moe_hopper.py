@@ -63,7 +63,7 @@ def route_by_hand(scores, bias, num_groups, topk_groups, top_k):
         (24, 24, 5, 5),
         (7, 1, 1, 7),
         (72, 3, 2, 40),
-        (1000, 500, 9, 9),
+        (1000, 250, 9, 9),
     ],
 )
 def test_route(experts, num_groups, topk_groups, top_k, simulator):
@@ -235,6 +235,9 @@ def test_dot_rows(dtype, x_dtype, hidden, top_k, simulator):
 def test_too_many_experts_are_refused():
     with pytest.raises(NotImplementedError, match="route: .* at most 1024 experts, got 1025"):
         jaxkern.route(jnp.zeros((4, 1025)), jnp.zeros(1025), top_k=2, implementation=HOPPER_IMPLEMENTATION)
+    with pytest.raises(NotImplementedError, match="route: .* num_groups must be at most 256, got 500"):
+        options = {"top_k": 2, "num_groups": 500, "topk_groups": 5}
+        jaxkern.route(jnp.zeros((4, 1000)), jnp.zeros(1000), **options, implementation=HOPPER_IMPLEMENTATION)
 
 
 def test_too_many_groups_are_refused():

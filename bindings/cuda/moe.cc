@@ -17,7 +17,7 @@ ffi::Error route(cuda::Stream stream, Buffer scores, Buffer bias, Result expert_
                  int64_t topk_groups, int64_t top_k) {
   Check check("route");
   RouteSizes s = check_route(check, scores, bias, *expert_ids, num_groups, topk_groups, top_k);
-  check.that(s.experts <= cuda::most_experts, "too many experts");
+  check.that(s.experts <= cuda::most_experts && num_groups <= cuda::most_expert_groups, "too many experts, or groups");
   check.that(are_counts({s.tokens}), "tokens must be int32");
   if (check.failed()) return check.error();
 

@@ -24,15 +24,20 @@ struct ChooseExperts {
     Global<int32_t> expert_ids;  // [tokens, top_k]
     int tokens, experts, groups, topk_groups, top_k;
   };
-  using Ranks = Shared<uint32_t>[most_experts];
+  // One in 32 lies idle: lanes look at runs of ranks, which begin in banks of their own thus.
+  template <int size>
+  struct Ranks {
+    Shared<uint32_t> padded[size + size / warp_size];
+    DEVICE Shared<uint32_t>& operator[](int i) { return padded[i + i / warp_size]; }
+  };
   struct Smem {
-    Ranks experts[warps];
-    Ranks groups[warps];
+    Ranks<most_experts> experts[warps];
+    Ranks<most_expert_groups> groups[warps];
   };
 
   DEVICE static void run(const Params& p, Smem& s) {
     int warp = warp_index(), lane = lane_index();
-    Ranks &experts = s.experts[warp], &groups = s.groups[warp];
+    auto& experts = s.experts[warp];
     for (int token = block_index() * warps + warp; token < p.tokens; token += grid_size() * warps) {
       syncwarp();
       for (int i = lane; i < p.experts; i += warp_size) {
@@ -40,7 +45,7 @@ struct ChooseExperts {
         store(experts[i], rank_of(score + load_global<float>(p.bias, i)));
       }
       syncwarp();
-      if (p.topk_groups < p.groups) choose_groups(p, experts, groups);
+      if (p.topk_groups < p.groups) choose_groups(p, experts, s.groups[warp]);
       choose(experts, p.experts, p.top_k, [&](int choice, int expert) {
         if (lane == 0) store_global(p.expert_ids, int64_t(token) * p.top_k + choice, expert);
       });
@@ -48,7 +53,7 @@ struct ChooseExperts {
   }
 
   // Leaves the experts of the best groups as they are, the others last.
-  DEVICE static void choose_groups(const Params& p, Ranks& experts, Ranks& groups) {
+  DEVICE static void choose_groups(const Params& p, Ranks<most_experts>& experts, Ranks<most_expert_groups>& groups) {
     int size = p.experts / p.groups;
     for (int group = lane_index(); group < p.groups; group += warp_size) {
       uint32_t first = last, second = last;
@@ -68,8 +73,8 @@ struct ChooseExperts {
 
   // Calls f(i, index) for the `count` highest of `size` ranks, in falling order, ties by index, and marks them as
   // taken. A lane looks after neighbouring ranks.
-  template <typename F>
-  DEVICE static void choose(Ranks& ranks, int size, int count, F f) {
+  template <int most, typename F>
+  DEVICE static void choose(Ranks<most>& ranks, int size, int count, F f) {
     int share = static_cast<int>(ceil_div(size, warp_size)), begin = lane_index() * share;
     int end = begin + share < size ? begin + share : size, index = begin;
     auto highest = [&] {
