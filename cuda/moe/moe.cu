@@ -67,7 +67,8 @@ bool in_units_of(const GatherRows& g, int64_t bytes) {
 template <typename T, typename Out, bool deep>
 Error add(const SumRows& g, Stream stream) {
   using Kernel = AddRows<T, Out, deep>;
-  // Units of work: four for each warp, so that all end at about the same time; but no less than a step of columns.
+  // Four units of work for each warp that the machine holds, so that all end at about the same time; but no less than a
+  // step of columns.
   int64_t steps = ceil_div(g.hidden, Kernel::columns), warps = multiprocessors() * Kernel::resident * Kernel::warps;
   int64_t parts = std::clamp<int64_t>(ceil_div(4 * warps, g.tokens), 1, steps);
   int64_t part = ceil_div(steps, parts) * Kernel::columns;
@@ -89,7 +90,7 @@ Error add(const SumRows& g, Stream stream) {
                                .parts = static_cast<int>(parts),
                                .part = static_cast<int>(part),
                                .vectors = g.hidden % 4 == 0};
-  return launch<Kernel>(blocks_for<Kernel>(ceil_div(g.tokens * parts, Kernel::warps)), 1, p, stream);
+  return launch<Kernel>(ceil_div(g.tokens * parts, Kernel::warps), 1, p, stream);
 }
 
 template <typename T, typename Out>
@@ -188,7 +189,7 @@ Error gather_quantize_rows(const GatherQuantizeRows& g, Stream stream) {
     p.quantized.m = g.rows;
     p.quantized.k = g.hidden;
     int64_t units = g.tokens * parts + ceil_div(g.rows, Kernel::rows_each);
-    return launch<Kernel>(blocks_for<Kernel>(ceil_div(units, Kernel::threads / warp_size)), 1, p, stream);
+    return launch<Kernel>(ceil_div(units, Kernel::threads / warp_size), 1, p, stream);
   });
 }
 

@@ -112,7 +112,7 @@ struct TakeRows {
 // the rows, some at a time, for those to which nothing went.
 template <typename T>
 struct TakeQuantizedRows {
-  static constexpr int threads = 256, resident = 3, loads = 4, rows_each = 8;
+  static constexpr int threads = 256, resident = 4, loads = 4, rows_each = 8;
   static constexpr int lanes = block_k / per_load<T>;       // that share a scale
   static constexpr int blocks = loads * warp_size / lanes;  // of 128 columns, in a part
   static constexpr int stride = warp_size * per_load<T>;    // columns between two loads of a lane
@@ -140,14 +140,11 @@ struct TakeQuantizedRows {
 
   template <bool vectors>
   DEVICE static void run(const Params& p) {
-    int warps = grid_size() * (threads / warp_size), token_parts = p.tokens * p.parts;
-    int units = token_parts + static_cast<int>(ceil_div(p.quantized.m, rows_each));
-    for (int unit = block_index() * (threads / warp_size) + warp_index(); unit < units; unit += warps) {
-      if (unit < token_parts)
-        send<vectors>(p, unit / p.parts, unit % p.parts);
-      else
-        fill<vectors>(p, (unit - token_parts) * rows_each);
-    }
+    int unit = block_index() * (threads / warp_size) + warp_index(), token_parts = p.tokens * p.parts;
+    if (unit < token_parts)
+      send<vectors>(p, unit / p.parts, unit % p.parts);
+    else
+      fill<vectors>(p, (unit - token_parts) * rows_each);
   }
 
   // A token to the rows that say they are its.
@@ -266,17 +263,15 @@ struct AddRows {
   };
 
   DEVICE static void run(const Params& p, Smem& s) {
-    for (int64_t unit = int64_t(block_index()) * warps + warp_index(); unit < int64_t(p.tokens) * p.parts;
-         unit += int64_t(grid_size()) * warps) {
-      int token = static_cast<int>(unit / p.parts), first = static_cast<int>(unit % p.parts) * p.part;
-      int leaves = find_leaves(p, s.leaves, token);
-      int end = first + p.part < p.hidden ? first + p.part : p.hidden;
-      for (; first < end; first += columns) {
-        if (p.vectors)
-          add<true>(p, s, token, leaves, first + lane_index() * 4);
-        else
-          add<false>(p, s, token, leaves, first + lane_index() * 4);
-      }
+    int unit = block_index() * warps + warp_index(), token = unit / p.parts, first = unit % p.parts * p.part;
+    if (token >= p.tokens) return;
+    int leaves = find_leaves(p, s.leaves, token);
+    int end = first + p.part < p.hidden ? first + p.part : p.hidden;
+    for (; first < end; first += columns) {
+      if (p.vectors)
+        add<true>(p, s, token, leaves, first + lane_index() * 4);
+      else
+        add<false>(p, s, token, leaves, first + lane_index() * 4);
     }
   }
 
@@ -285,7 +280,6 @@ struct AddRows {
     int warp = warp_index(), leaves = 0;
     int row[2], key[2];  // of choices `lane` and `lane` + 32
     float weight[2];
-    syncwarp();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       int choice = half * warp_size + lane_index();
