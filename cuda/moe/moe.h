@@ -10,10 +10,9 @@
 
 namespace jaxkern::cuda {
 
-constexpr int64_t most_choices = 64;     // of a token whose rows are summed
-constexpr int64_t counting_blocks = 64;  // blocks of threads that at most share the assignments
-
 constexpr int64_t most_experts = 1024, most_expert_groups = 256;  // that tokens choose from
+constexpr int64_t most_choices = 64;                              // of a token whose rows are summed
+constexpr int64_t counting_blocks = 64;                           // of threads, that at most share the assignments
 
 // The experts with the largest scores + bias of a token, in falling order, ties to the lower index, of its topk_groups
 // best groups: those whose two largest have the largest sum. A NaN is the least of all.
