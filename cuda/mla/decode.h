@@ -329,10 +329,14 @@ struct MlaDecodeKernel {
         limit[j] = p.causal ? piece.length - (p.queries - 1 - query) : piece.length;
       }
       mbarrier_wait(s.q_full, q_phase);
-      for (int block = piece.first, end = end_of(piece); block < end; ++block, at.advance()) {
+      float logits[half_keys / 2];
+      int end = end_of(piece);
+      if (piece.first < end) {
         mbarrier_wait(s.full[at.index], at.phase);
-        float logits[half_keys / 2];
         multiply_queries(s, at.index, half, logits);
+        wgmma_wait_group<0>(logits);
+      }
+      for (int block = piece.first; block < end; ++block) {
         uint32_t exists = load(s.exists[at.index][half]), other = load(s.exists[at.index][1 - half]);
         float most[2] = {minus_infinity, minus_infinity};
 #pragma unroll
@@ -370,7 +374,18 @@ struct MlaDecodeKernel {
         for (int i = 0; i < columns / 2; ++i) result[i] *= shrink[i / 2 % 2];
         bar_sync(2, math_threads);
         add_values(s, at.index, half, result);
-        release(s.empty[at.index]);
+        Barrier& empty = s.empty[at.index];
+        at.advance();
+        if (block + 1 < end) {  // the tensor cores go on with the next block at once
+          mbarrier_wait(s.full[at.index], at.phase);
+          multiply_queries(s, at.index, half, logits);
+          wgmma_wait_group<1>(result);
+          release(empty);
+          wgmma_wait_group<0>(logits);
+        } else {
+          wgmma_wait_group<0>(result);
+          release(empty);
+        }
       }
       release(s.q_empty);
       finish(p, s, piece, half, result, largest, total);
@@ -397,7 +412,6 @@ struct MlaDecodeKernel {
       for (int k = 0; k < 4; ++k) multiply<half_keys>(logits, a + k * 2, b + k * 2, tile + k > 0);
     }
     wgmma_commit_group();
-    wgmma_wait_group<0>(logits);
   }
 
   // result [64 rows][256 columns] += weights values, of this warpgroup's half of the columns.
@@ -409,7 +423,6 @@ struct MlaDecodeKernel {
 #pragma unroll
     for (int k = 0; k < 4; ++k) multiply<columns, true>(result, a + k * 2, b + k * (16 * 128 / 16), true);
     wgmma_commit_group();
-    wgmma_wait_group<0>(result);
   }
 
   // Rows that are no key may hold anything, and 0 * NaN is NaN: zeros in this warpgroup's columns of them. Both have
