@@ -45,7 +45,10 @@ struct MlaDecodeKernel {
   static constexpr int registers = 168;
   static constexpr int tile_bytes = 64 * 128, half_keys = key_block / 2;
   static constexpr int columns = mla_latent / 2;  // of the result, for each warpgroup
-  // A weight, at most 1, is kept times 2^this: far below the largest one float16 has few bits, and then none.
+  // What the exponents of a row's weights are counted from stays the same until a logit is more than this above it;
+  // then all that was summed so far is multiplied. It may be any number that keeps weights finite.
+  static constexpr float headroom = std::is_same_v<Number, float16> ? 5 : 8;
+  // Weights are kept times 2^this: far below the largest one float16 has few bits, and then none.
   static constexpr float weight_exponent = std::is_same_v<Number, float16> ? 10 : 0;
   static std::string name() { return std::string("MlaDecodeKernel<") + format_name<Format> + ">"; }
 
@@ -318,8 +321,9 @@ struct MlaDecodeKernel {
     Piece piece;
     Stage at;
     for (uint32_t q_phase = 0; walk.next(piece); q_phase ^= 1) {
-      float result[columns / 2], largest[2], total[2] = {0, 0};
-      int limit[2];  // the keys of a row are the tokens below
+      float result[columns / 2], total[2] = {0, 0};
+      float largest[2];  // but for the headroom
+      int limit[2];      // the keys of a row are the tokens below
 #pragma unroll
       for (int i = 0; i < columns / 2; ++i) result[i] = 0;
 #pragma unroll
@@ -353,14 +357,18 @@ struct MlaDecodeKernel {
         }
         bar_sync(1, math_threads);
         float base[2], shrink[2];
+        bool grown = false;
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          most[j] = fmaxf(fmaxf(most[j], load(s.largest[1 - half][fragment_row(2 * j)])), largest[j]);
-          base[j] = most[j] == minus_infinity ? 0 : most[j];
-          shrink[j] = ex2(largest[j] - base[j]);
-          largest[j] = most[j];
+          most[j] = fmaxf(most[j], load(s.largest[1 - half][fragment_row(2 * j)]));
+          bool grows = most[j] > largest[j] + headroom;
+          float next = grows ? most[j] : largest[j];
+          base[j] = next == minus_infinity ? 0 : next;
+          shrink[j] = grows ? ex2(largest[j] - base[j]) : 1;
+          largest[j] = next;
           total[j] *= shrink[j];
           if constexpr (weight_exponent != 0) base[j] -= weight_exponent;
+          grown |= grows;
         }
 #pragma unroll
         for (int i = 0; i < half_keys / 2; ++i) {
@@ -370,8 +378,10 @@ struct MlaDecodeKernel {
         if (!is_packed && (exists & other) != 0xffffffff) clear_values(s, at.index, half, exists, other);
         stage_weights(s, half, logits);
         fence_proxy_async();
+        if (ballot(grown)) {
 #pragma unroll
-        for (int i = 0; i < columns / 2; ++i) result[i] *= shrink[i / 2 % 2];
+          for (int i = 0; i < columns / 2; ++i) result[i] *= shrink[i / 2 % 2];
+        }
         bar_sync(2, math_threads);
         add_values(s, at.index, half, result);
         Barrier& empty = s.empty[at.index];
