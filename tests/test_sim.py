@@ -20,8 +20,11 @@ PATTERN = "-ftrivial-auto-var-init=pattern"
 
 SWIZZLES = ["no swizzle", "32-byte swizzle", "64-byte swizzle", "128-byte swizzle"]
 LAYOUTS = [*SWIZZLES[1:3], "64-byte swizzle, A in registers", "no swizzle", "no swizzle, by columns"]
-PRODUCTS = ["e4m3", "e4m3, A in registers", "bf16", "bf16, A in registers"]
-PRODUCTS += ["bf16, B MN-major", "bf16, A in registers, B MN-major", "f16", "f16, B MN-major"]
+PRODUCTS = ["e4m3", "e4m3, A in registers"]
+PRODUCTS += [
+    kind + how
+    for kind, how in product(["bf16", "f16"], ["", ", A in registers", ", B MN-major", ", A in registers, B MN-major"])
+]
 CONFORMANCE = [
     *("indices", "shfl, ballot, elect", "setmaxnreg", "loads and stores"),
     *(f"ldmatrix, stmatrix x{count}{how}" for count, how in product([1, 2, 4], ["", " transposed"])),

@@ -210,7 +210,7 @@ DEVICE void wgmma_bf16(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, bo
   SIM(sim::wgmma(sim::Format::bfloat16, n, d, a, 0, b, transposed_b, accumulate, where);)
 }
 
-// wgmma.mma_async.m64nNk16.f32.f16.f16: the same for float16, A by descriptor.
+// wgmma.mma_async.m64nNk16.f32.f16.f16: the same for float16.
 template <int n, bool transposed_b = false>
 DEVICE void wgmma_f16(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulate AND_WHERE) {
 #ifndef JAXKERN_SIM
@@ -226,6 +226,33 @@ DEVICE void wgmma_f16(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulate
 #undef SHAPE
 #endif
   SIM(sim::wgmma(sim::Format::float16, n, d, nullptr, a, b, transposed_b, accumulate, where);)
+}
+
+// The same, A in registers.
+template <int n, bool transposed_b = false>
+DEVICE void wgmma_f16(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate AND_WHERE) {
+#ifndef JAXKERN_SIM
+#define SHAPE(n_, count, a0, a1, a2, a3, b_, p_)                                                                    \
+  if constexpr (n == n_)                                                                                            \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p_                                                           \
+                 ", 0;\n"                                                                                           \
+                 "wgmma.mma_async.sync.aligned.m64n" #n_ "k16.f32.f16.f16 {" NAMES_##count                          \
+                 "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b_ ", p, 1, 1, " TRANSPOSED(transposed_b) ";\n}" \
+                 : OPERANDS_##count                                                                                 \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
+#define TRANSPOSED(x) "0"
+  if constexpr (!transposed_b) {
+    WGMMA_SHAPES(SHAPE)
+  }
+#undef TRANSPOSED
+#define TRANSPOSED(x) "1"
+  if constexpr (transposed_b) {
+    WGMMA_SHAPES(SHAPE)
+  }
+#undef TRANSPOSED
+#undef SHAPE
+#endif
+  SIM(sim::wgmma(sim::Format::float16, n, d, a, 0, b, transposed_b, accumulate, where);)
 }
 
 // wgmma.wait_group: until at most `pending` groups are not complete. The accumulators of those that are complete then

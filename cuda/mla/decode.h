@@ -41,6 +41,7 @@ struct MlaDecodeKernel {
   using Number = NumberOf<Format>;
   static constexpr bool is_packed = std::is_same_v<Format, Packed>;
   static constexpr int width_tiles = mla_width / 64, latent_tiles = mla_latent / 64, stages = 2;
+  static constexpr int kept_tiles = is_packed ? 1 : 3;  // of q, in registers
   static constexpr int math_threads = 2 * warpgroup_size, threads = math_threads + warpgroup_size;
   static constexpr int registers = 168;
   static constexpr int tile_bytes = 64 * 128, half_keys = key_block / 2;
@@ -78,14 +79,14 @@ struct MlaDecodeKernel {
     }
     bar_sync(0, threads);
     if (warp >= math_threads / warp_size) {
-      setmaxnreg_dec<is_packed ? 144 : 40>();
+      setmaxnreg_dec<is_packed ? 112 : 40>();
       if constexpr (is_packed)
         unpack(p, s, warp % 4);
       else if (warp == math_threads / warp_size && elect())
         produce(p, s);
       syncwarp();
     } else {
-      setmaxnreg_inc<is_packed ? 184 : 232>();
+      setmaxnreg_inc<is_packed ? 200 : 232>();
       attend(p, s, warp / 4);
     }
   }
@@ -333,11 +334,13 @@ struct MlaDecodeKernel {
         limit[j] = p.causal ? piece.length - (p.queries - 1 - query) : piece.length;
       }
       mbarrier_wait(s.q_full, q_phase);
+      Queries q;
+      keep_queries(s, q);
       float logits[half_keys / 2];
       int end = end_of(piece);
       if (piece.first < end) {
         mbarrier_wait(s.full[at.index], at.phase);
-        multiply_queries(s, at.index, half, logits);
+        multiply_queries(s, at.index, half, q, logits);
         wgmma_wait_group<0>(logits);
       }
       for (int block = piece.first; block < end; ++block) {
@@ -388,7 +391,7 @@ struct MlaDecodeKernel {
         at.advance();
         if (block + 1 < end) {  // the tensor cores go on with the next block at once
           mbarrier_wait(s.full[at.index], at.phase);
-          multiply_queries(s, at.index, half, logits);
+          multiply_queries(s, at.index, half, q, logits);
           wgmma_wait_group<1>(result);
           release(empty);
           wgmma_wait_group<0>(logits);
@@ -402,16 +405,30 @@ struct MlaDecodeKernel {
     }
   }
 
-  template <int n, bool transposed_b = false>
-  DEVICE static void multiply(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulate AND_WHERE) {
+  template <int n, bool transposed_b = false, typename A>
+  DEVICE static void multiply(float (&d)[n / 2], const A& a, uint64_t b, bool accumulate AND_WHERE) {
     if constexpr (std::is_same_v<Number, float16>)
       wgmma_f16<n, transposed_b>(d, a, b, accumulate SIM(, where));
     else
       wgmma_bf16<n, transposed_b>(d, a, b, accumulate SIM(, where));
   }
 
+  // The first tiles of q, as A in registers: a product of 32 keys would read more of q from shared memory than the
+  // tensor cores have time for, the more so as both warpgroups read all of it.
+  struct Queries {
+    uint32_t fragment[kept_tiles * 4 + (kept_tiles == 0)][4];
+  };
+
+  DEVICE static void keep_queries(Smem& s, Queries& q) {
+    int lane = lane_index(), row = thread_index() % warpgroup_size / 32 * 16 + lane % 16;
+#pragma unroll
+    for (int i = 0; i < kept_tiles * 4; ++i)
+      ldmatrix<4, false>(q.fragment[i],
+                         shared_address(&s.q[i / 4]) + row * 128 + ((i % 4 * 2 + lane / 16) ^ row % 8) * 16);
+  }
+
   // logits [64 rows][32 keys] = q keys^T, of this warpgroup's half of the keys.
-  DEVICE static void multiply_queries(Smem& s, int stage, int half, float (&logits)[half_keys / 2]) {
+  DEVICE static void multiply_queries(Smem& s, int stage, int half, const Queries& q, float (&logits)[half_keys / 2]) {
     wgmma_fence();
 #pragma unroll
     for (int tile = 0; tile < width_tiles; ++tile) {
@@ -419,7 +436,11 @@ struct MlaDecodeKernel {
       uint64_t b = matrix_descriptor(shared_address(s.keys[stage][tile].data + half * half_keys * 128), 0, 1024,
                                      Swizzle::bytes_128);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) multiply<half_keys>(logits, a + k * 2, b + k * 2, tile + k > 0);
+      for (int k = 0; k < 4; ++k)
+        if (tile < kept_tiles)
+          multiply<half_keys>(logits, q.fragment[tile * 4 + k], b + k * 2, tile + k > 0);
+        else
+          multiply<half_keys>(logits, a + k * 2, b + k * 2, tile + k > 0);
     }
     wgmma_commit_group();
   }

@@ -1109,7 +1109,9 @@ struct Product : Kernel<128> {
       if constexpr (format == Format::bf16 && a_in_registers)
         wgmma_bf16<n, transposed_b>(d, fragments[step], b, accumulate);
       if constexpr (format == Format::bf16 && !a_in_registers) wgmma_bf16<n, transposed_b>(d, a, b, accumulate);
-      if constexpr (format == Format::f16) wgmma_f16<n, transposed_b>(d, a, b, accumulate);
+      if constexpr (format == Format::f16 && a_in_registers)
+        wgmma_f16<n, transposed_b>(d, fragments[step], b, accumulate);
+      if constexpr (format == Format::f16 && !a_in_registers) wgmma_f16<n, transposed_b>(d, a, b, accumulate);
     }
     wgmma_commit_group();
     wgmma_wait_group<0>(d);
@@ -1318,6 +1320,8 @@ void add_products(std::vector<Case>& cases) {
   add("bf16, A in registers", [] { product<Format::bf16, n, true, false, 4>(Swizzle::bytes_128); });
   add("bf16, B MN-major", [] { product<Format::bf16, n, false, true, 4>(Swizzle::bytes_128); });
   add("f16", [] { product<Format::f16, n, false, false, 4>(Swizzle::bytes_128); });
+  add("f16, A in registers", [] { product<Format::f16, n, true, false, 4>(Swizzle::bytes_128); });
+  add("f16, A in registers, B MN-major", [] { product<Format::f16, n, true, true, 4>(Swizzle::bytes_128); });
   add("f16, B MN-major", [] { product<Format::f16, n, false, true, 4>(Swizzle::bytes_128); });
   add("bf16, A in registers, B MN-major", [] { product<Format::bf16, n, true, true, 4>(Swizzle::bytes_128); });
 }
