@@ -41,7 +41,7 @@ struct MlaDecodeKernel {
   using Number = NumberOf<Format>;
   static constexpr bool is_packed = std::is_same_v<Format, Packed>;
   static constexpr int width_tiles = mla_width / 64, latent_tiles = mla_latent / 64, stages = 2;
-  static constexpr int kept_tiles = is_packed ? 1 : 3;  // of q, in registers
+  static constexpr int kept_tiles = is_packed ? 0 : 3;  // of q, in registers, where there are enough
   static constexpr int math_threads = 2 * warpgroup_size, threads = math_threads + warpgroup_size;
   static constexpr int registers = 168;
   static constexpr int tile_bytes = 64 * 128, half_keys = key_block / 2;
@@ -79,14 +79,14 @@ struct MlaDecodeKernel {
     }
     bar_sync(0, threads);
     if (warp >= math_threads / warp_size) {
-      setmaxnreg_dec<is_packed ? 112 : 40>();
+      setmaxnreg_dec<is_packed ? 144 : 40>();
       if constexpr (is_packed)
         unpack(p, s, warp % 4);
       else if (warp == math_threads / warp_size && elect())
         produce(p, s);
       syncwarp();
     } else {
-      setmaxnreg_inc<is_packed ? 200 : 232>();
+      setmaxnreg_inc<is_packed ? 184 : 232>();
       attend(p, s, warp / 4);
     }
   }
@@ -149,92 +149,79 @@ struct MlaDecodeKernel {
 
   // ---- packed keys ----
   //
-  // A warp has 16 keys of a block, eight of each half; key 2 i + j of the eight is one of bit 2 = j in the numbers of
-  // the lanes that load and store it. So eight lanes that store together have four chunks of 16 bytes of each of two
-  // keys, every other one, which the swizzle spreads over all banks, and what lanes tell each other is told by
-  // instructions without an operand that would have to be kept.
+  // A warp has 16 keys of a block, eight of each half. Lanes with bit 2 of their number set have odd ones of these, the
+  // others even ones: eight lanes that store together then have four chunks of 16 bytes, every other one, of each of
+  // two keys, and the swizzle spreads these over all banks. Registers are scarce: lanes have their keys such that
+  // shuffles need no operands but constants.
 
   using Words = Pack<uint32_t, 4>;
 
-  // Keys that are none become zeros.
+  // The bytes of the next block are loaded when all of this one's are unpacked, not as their registers become free:
+  // finding the block needs some of these, and ptxas would make an unpacking wait for loads of the next block that
+  // share a scoreboard with its own. They are in flight while this waits for a stage, for longer than they take.
   DEVICE static void unpack(const Params& p, Smem& s, int warp) {
-    PackedBlocks next(p);
-    PackedKeys keys[2];  // of each half; the loads of a block are in flight while the one before is converted
-    next.advance(p, warp);
-    int slot = next.slot(p);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) load_latent(p, slot, half, i, keys[half]);
-      load_scale(p, slot, half, keys[half]);
-    }
+    PackedBlocks blocks(p);
+    PackedKeys keys[2];  // of each half
+    int slot = blocks.advance(p, warp);
+    load_packed(p, slot, keys);
     Stage at;
-    for (uint32_t q_phase = 0; next.any; at.advance()) {
-      if (next.first_row >= 0) {
-        if (warp == 0 && elect()) copy_queries(p, s, next.first_row, q_phase);
+    for (uint32_t q_phase = 0; blocks.any; at.advance()) {
+      if (blocks.first_row >= 0) {
+        if (warp == 0 && elect()) copy_queries(p, s, blocks.first_row, q_phase);
         syncwarp();
         q_phase ^= 1;
       }
-      next.advance(p, warp);
       mbarrier_wait(s.empty[at.index], at.phase ^ 1);
       int lane = lane_index();
-      uint32_t exists = ballot(shfl(slot, lane_of(lane / 8 % 2, lane % 8 / 2, lane % 2)) >= 0);  // in keys' order
       uint32_t tiles = shared_address(&s.keys[at.index]) + warp * 8 * 128;
+      uint32_t exists = ballot(shfl(slot, lane_of(lane / 8 % 2, lane % 8 / 2, lane % 2)) >= 0);  // in the keys' order
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        uint8_t eight = exists >> half * 8;
+        if (lane == 0) store_shared(shared_address(&s.exists[at.index][half]) + warp, eight);
         copy_rope(p, tiles + half * half_keys * 128, slot, half);
-        if (lane == 0)
-          store_shared(shared_address(&s.exists[at.index][half]) + warp, static_cast<uint8_t>(exists >> half * 8));
+        if (eight != 0xff) clear(eight, keys[half]);
       }
       cp_async_commit_group();
-      slot = next.slot(p);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          store_latent(tiles + half * half_keys * 128, i, keys[half]);
-          load_latent(p, slot, half, i, keys[half]);
-        }
-        load_scale(p, slot, half, keys[half]);
-      }
+      for (int half = 0; half < 2; ++half) store_latent(tiles + half * half_keys * 128, keys[half]);
       cp_async_wait_group<0>();
       fence_proxy_async();
       release(s.full[at.index]);
+      slot = blocks.advance(p, warp);
+      load_packed(p, slot, keys);
     }
   }
 
   // The lane, of those with bit 1 clear, that knows where key 2 i + j of a half lies.
   DEVICE static int lane_of(int half, int i, int j) { return i % 2 | j << 2 | half << 3 | i / 2 << 4; }
 
-  // The blocks of keys of all pieces, one after the other: at each, where this lane's key lies.
+  // The blocks of keys of all pieces, one after the other.
   struct PackedBlocks {
     MlaWalk walk;
     Piece piece = {};
     int block = 0, end = 0;
-    bool any = true;    // it is not beyond the last
-    int first_row;      // of q, if a piece begins here; else -1
-    int page, row = 0;  // the key's; page -1: none
+    bool any = true;  // it is not beyond the last
+    int first_row;    // of q, if a piece begins here; else -1
 
     DEVICE PackedBlocks(const Params& p) : walk(p.sizes) {}
 
-    DEVICE void advance(const Params& p, int warp) {
-      first_row = page = -1;
+    // To the next one: where this lane's key lies, as a row of the cache; -1: there is none.
+    DEVICE int advance(const Params& p, int warp) {
+      first_row = -1;
       if (++block >= end) {
         any = walk.next(piece);
-        if (!any) return;
+        if (!any) return -1;
         block = piece.first;
         end = end_of(piece);
         first_row = piece.request * p.sizes.rows + piece.group * mla_rows;
       }
       int lane = lane_index(), i = lane % 2 + lane / 16 * 2, j = lane / 4 % 2, half = lane / 8 % 2;
       int token = block * key_block + half * half_keys + warp * 8 + 2 * i + j;
-      if (token >= piece.length) return;
-      page = load_global<int32_t>(p.block_table, int64_t(piece.request) * p.table_pages + token / p.page);
-      row = token % p.page;
+      if (token >= piece.length) return -1;
+      int page = load_global<int32_t>(p.block_table, int64_t(piece.request) * p.table_pages + token / p.page);
+      return page >= 0 && page < p.pages ? page * p.page + token % p.page : -1;
     }
-
-    // As a row of the cache; -1: none. Later, when the entry of the table has come.
-    DEVICE int slot(const Params& p) const { return page >= 0 && page < p.pages ? page * p.page + row : -1; }
   };
 
   // Of eight keys: of key 2 i + bit 2, for each i, two times 16 numbers of the latent; and a scale of the key
@@ -244,42 +231,56 @@ struct MlaDecodeKernel {
     float scale;
   };
 
-  DEVICE static void load_latent(const Params& p, int slot, int half, int i, PackedKeys& keys) {
-    int lane = lane_index(), row = shfl_within<0b00100>(slot, lane_of(half, i, 0));
-    int64_t from = int64_t(row) * mla_packed_bytes + (lane / 8 * 4 + lane % 4) * 16;
+  // For a key that is none, the first row.
+  DEVICE static void load_packed(const Params& p, int slot, PackedKeys (&keys)[2]) {
+    slot = slot < 0 ? 0 : slot;
+    int lane = lane_index();
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      keys.latent[i][j] = {};
-      if (row >= 0) keys.latent[i][j] = load_global<Words>(p.packed, from + j * 256);
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        int row = shfl_within<0b00100>(slot, lane_of(half, i, 0));
+        int64_t from = int64_t(row) * mla_packed_bytes + (lane / 8 * 4 + lane % 4) * 16;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) keys[half].latent[i][j] = load_global<Words>(p.packed, from + j * 256);
+      }
+      int row = shfl(slot, lane_of(half, lane % 4, lane / 4 % 2));
+      int64_t from = int64_t(row) * mla_packed_bytes + mla_latent + (lane / 8 % 2 * 2 + lane / 16) * 4;
+      keys[half].scale = load_global<float>(p.packed, from);
     }
   }
 
-  DEVICE static void load_scale(const Params& p, int slot, int half, PackedKeys& keys) {
-    int lane = lane_index(), row = shfl(slot, lane_of(half, lane % 4, lane / 4 % 2));
-    int64_t from = int64_t(row) * mla_packed_bytes + mla_latent + (lane / 8 % 2 * 2 + lane / 16) * 4;
-    keys.scale = row < 0 ? 0 : load_global<float>(p.packed, from);
+  // Keys that are none; `exists` has a bit a key.
+  DEVICE static void clear(uint32_t exists, PackedKeys& keys) {
+    int lane = lane_index(), parity = lane / 4 % 2;
+    if (!(exists >> (lane % 4 * 2 + parity) & 1)) keys.scale = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (!(exists >> (i * 2 + parity) & 1)) keys.latent[i][0] = keys.latent[i][1] = {};
   }
 
   // Each number rounded once, to bfloat16: what kv_cache.unpack makes of it. `tiles` is where the eight keys begin.
-  DEVICE static void store_latent(uint32_t tiles, int i, const PackedKeys& keys) {
+  DEVICE static void store_latent(uint32_t tiles, const PackedKeys& keys) {
     int lane = lane_index(), parity = lane / 4 % 2;
     uint32_t own = tiles + lane / 8 * tile_bytes + parity * 128 + (lane % 4 * 2 ^ parity) * 16;
 #pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      float scale = shfl_within<0b10100>(keys.scale, i | j << 3);
+    for (int i = 0; i < 4; ++i)
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        Words numbers;
+      for (int j = 0; j < 2; ++j) {
+        float scale = shfl_within<0b10100>(keys.scale, i | j << 3);
 #pragma unroll
-        for (int n = 0; n < 4; ++n) {
-          uint32_t codes = keys.latent[i][j].item[2 * k + n / 2] >> n % 2 * 16;
-          uint32_t pair = cvt_f16x2_e4m3x2(static_cast<uint16_t>(codes));
-          numbers.item[n] = cvt_bf16x2(to_float(float16{static_cast<uint16_t>(pair)}) * scale,
-                                       to_float(float16{static_cast<uint16_t>(pair >> 16)}) * scale);
+        for (int k = 0; k < 2; ++k) {
+          Words numbers;
+#pragma unroll
+          for (int n = 0; n < 4; ++n) {
+            uint32_t codes = keys.latent[i][j].item[2 * k + n / 2] >> n % 2 * 16;
+            uint32_t pair = cvt_f16x2_e4m3x2(static_cast<uint16_t>(codes));
+            numbers.item[n] = cvt_bf16x2(to_float(float16{static_cast<uint16_t>(pair)}) * scale,
+                                         to_float(float16{static_cast<uint16_t>(pair >> 16)}) * scale);
+          }
+          store_shared((own ^ (2 * i + k) * 16) + j * 4 * tile_bytes + 2 * i * 128, numbers);
         }
-        store_shared((own ^ (2 * i + k) * 16) + j * 4 * tile_bytes + 2 * i * 128, numbers);
       }
-    }
   }
 
   // What lies behind the latent stays as it is.
