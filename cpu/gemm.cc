@@ -297,7 +297,9 @@ void dot(const Segment& s, int64_t begin, int64_t rows, const float* packed) {
   constexpr float kUnit = std::is_same_v<A, float> ? quad_unit<B> : 1.0f;
   const A* a = reinterpret_cast<const A*>(packed);
   const float* a_scales = packed + dot_values_floats(s);
-  int64_t span = max(kScaleBlock, kDotSpanBytes / int64_t(sizeof(A)) / s.m / kScaleBlock * kScaleBlock);
+  // One row of a is read no more often than b, which is then read from end to end.
+  int64_t span =
+      s.m == 1 ? s.k : max(kScaleBlock, kDotSpanBytes / int64_t(sizeof(A)) / s.m / kScaleBlock * kScaleBlock);
   auto whole = dot_rows_of<A, B>(kDotBlock), rest = dot_rows_of<A, B>(max(1, s.m % kDotBlock));
   float sums[kDotRows * kTaskRows];
   for (int64_t first = 0; first < rows; first += kDotColumns) {
