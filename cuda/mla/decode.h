@@ -3,9 +3,8 @@
 //
 //   warpgroups 0, 1   attend: of the logits [64 rows][64 keys] each computes the half of its keys, of the result
 //                     [64 rows][512] the half of its columns
-//   warpgroup 2       warp 8 has the copy engine bring queries and keys; of packed keys all four warps load the bytes
-//   of
-//                     the next block into registers, and store the bfloat16 that those of this one stand for
+//   warpgroup 2       warp 8 has the copy engine bring queries and keys; of packed keys all four warps load the next
+//                     block's bytes into registers, and store the bfloat16 that those of this one stand for
 //
 // The halves of the weights, and the largest logit of each row, meet in shared memory. After FlashMLA's two warpgroups
 // that share one 64 x 512 result, with one block of keys at a time in place of its pairs.
