@@ -4,8 +4,8 @@
 
 Both keep float32 parameters and bfloat16 activations. An end is the loss on a play that the model has not seen, and the
 mean training loss of the last tenth of the steps. Any other rounding is another path, whose end lies a percent or two
-higher or lower; so the ends are means over pairs of runs, each pair from the same weights. It exits with 1 if those
-of FP8 are more than half a percent higher, by more than twice the standard error that the pairs have.
+higher or lower; so the ends are means over pairs of runs, each pair from the same weights. Those of FP8 are
+no more than half a percent higher, or it exits with 1. The error is the standard error of the ratio over the pairs.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main():
         ratio = ends["fp8"][what] / plain
         ratios = [run["fp8"][what] / run["bfloat16"][what] for run in runs]
         error = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else 0.0
-        reached &= ratio - 2 * error <= 1 + TOLERANCE
+        reached &= ratio <= 1 + TOLERANCE
         print(f"{what:20}{plain:10.4f}{ends['fp8'][what]:10.4f}{ratio:16.4f}{error:10.4f}")
     if options.json:
         options.json.write_text(json.dumps({"steps": options.steps, "seeds": options.seeds, **ends}, indent=1) + "\n")

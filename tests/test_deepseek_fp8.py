@@ -276,13 +276,12 @@ def test_generation_with_dynamic_activations(dtype):
 
 @pytest.mark.slow
 def test_fp8_training_ends_where_bfloat16_does():
-    """The demo's model, 300 steps of each, five times: more than half a percent higher by chance alone."""
+    """The demo's model, 300 steps of each, five times: no more than half a percent higher, or the program fails."""
     done = run_benchmark("benchmarks.training")
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     print(done.stdout)
     ends = [[float(x) for x in line.split()[-4:]] for line in done.stdout.splitlines() if "loss  " in line]
-    assert len(ends) == 2 and all(fp8 < 2.2 for _, fp8, _, _ in ends)
-    assert all(ratio - 2 * error <= 1.005 and error < 0.015 for *_, ratio, error in ends)
+    assert len(ends) == 2 and all(fp8 < 2.2 and ratio <= 1.005 for _, fp8, ratio, _ in ends)
 
 
 @pytest.mark.slow
