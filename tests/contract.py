@@ -204,6 +204,25 @@ def _mla_decode_full(q, cache, block_table, seq_lens, **kwargs):
     return jaxkern.mla_decode(q, cache, block_table, seq_lens, softmax_scale=0.04, **kwargs)
 
 
+def _decode_case(call, q, cache, **options):
+    return Case(
+        "mla_decode",
+        call,
+        {
+            "q": q,
+            "cache": cache,
+            "block_table": integers(0, 9, 4, 3),
+            "seq_lens": np.array([2, 48, 0, 17], np.int32),
+        },
+        specs=(ROWS, ALL, ROWS, ROWS),
+        out_specs=(ROWS, ROWS),
+        symbolic=(f"b, {q.shape[1]}, {q.shape[2]}, {q.shape[3]}", f"p, 16, {cache.shape[2]}", "b, 3", "b"),
+        mismatch=(("cache", 2), ("block_table", 0), ("seq_lens", 0)),
+        primitive="jaxkern_mla_decode",
+        **options,
+    )
+
+
 def _mla_prefill(q, k, v, seq_lens, **kwargs):
     return jaxkern.mla_prefill(q, k, v, softmax_scale=0.2, seq_lens=seq_lens, **kwargs)
 
@@ -452,21 +471,7 @@ CASES = [
         primitive="jaxkern_grouped_gemm",
         hopper_parts=("quantize", "quantize", "grouped_gemm"),
     ),
-    Case(
-        "mla_decode",
-        _mla_decode,
-        {
-            "q": normal(4, 2, 6, 40),
-            "cache": normal(9, 16, 40),
-            "block_table": integers(0, 9, 4, 3),
-            "seq_lens": np.array([2, 48, 0, 17], np.int32),
-        },
-        specs=(ROWS, ALL, ROWS, ROWS),
-        out_specs=(ROWS, ROWS),
-        symbolic=("b, 2, 6, 40", "p, 16, 40", "b, 3", "b"),
-        mismatch=(("cache", 2), ("block_table", 0), ("seq_lens", 0)),
-        primitive="jaxkern_mla_decode",
-    ),
+    _decode_case(_mla_decode, normal(4, 2, 6, 40), normal(9, 16, 40)),
     Case(
         "kv_cache.append",
         _append,
@@ -502,88 +507,38 @@ CASES = [
         exact=True,
         variant="packed",
     ),
-    Case(
-        "mla_decode",
+    _decode_case(
         _mla_decode,
-        {
-            "q": normal(4, 2, 6, 40, dtype=jnp.bfloat16),
-            "cache": np.asarray(jaxkern.reference.pack_rows(normal(9, 16, 40), 32)),
-            "block_table": integers(0, 9, 4, 3),
-            "seq_lens": np.array([2, 48, 0, 17], np.int32),
-        },
-        specs=(ROWS, ALL, ROWS, ROWS),
-        out_specs=(ROWS, ROWS),
-        symbolic=("b, 2, 6, 40", "p, 16, 52", "b, 3", "b"),
-        mismatch=(("cache", 2), ("block_table", 0), ("seq_lens", 0)),
-        primitive="jaxkern_mla_decode",
+        normal(4, 2, 6, 40, dtype=jnp.bfloat16),
+        np.asarray(jaxkern.reference.pack_rows(normal(9, 16, 40), 32)),
         variant="fp8",
         rtol=2.0**-7,  # weights and result are bfloat16
     ),
-    Case(
-        "mla_decode",
+    _decode_case(
         _mla_decode,
-        {
-            "q": normal(4, 2, 6, 40, dtype=np.float16),
-            "cache": normal(9, 16, 40, dtype=np.float16),
-            "block_table": integers(0, 9, 4, 3),
-            "seq_lens": np.array([2, 48, 0, 17], np.int32),
-        },
-        specs=(ROWS, ALL, ROWS, ROWS),
-        out_specs=(ROWS, ROWS),
-        symbolic=("b, 2, 6, 40", "p, 16, 40", "b, 3", "b"),
-        mismatch=(("cache", 2), ("block_table", 0), ("seq_lens", 0)),
-        primitive="jaxkern_mla_decode",
+        normal(4, 2, 6, 40, dtype=np.float16),
+        normal(9, 16, 40, dtype=np.float16),
         variant="float16",
         rtol=2.0**-10,
     ),
-    Case(
-        "mla_decode",
+    _decode_case(
         _mla_decode_full,
-        {
-            "q": normal(4, 2, 3, 576, dtype=jnp.bfloat16),
-            "cache": normal(9, 16, 576, dtype=jnp.bfloat16),
-            "block_table": integers(0, 9, 4, 3),
-            "seq_lens": np.array([2, 48, 0, 17], np.int32),
-        },
-        specs=(ROWS, ALL, ROWS, ROWS),
-        out_specs=(ROWS, ROWS),
-        symbolic=("b, 2, 3, 576", "p, 16, 576", "b, 3", "b"),
-        mismatch=(("cache", 2), ("block_table", 0), ("seq_lens", 0)),
-        primitive="jaxkern_mla_decode",
+        normal(4, 2, 3, 576, dtype=jnp.bfloat16),
+        normal(9, 16, 576, dtype=jnp.bfloat16),
         variant="full",
         rtol=2.0**-6,  # weights and result are bfloat16
     ),
-    Case(
-        "mla_decode",
+    _decode_case(
         _mla_decode_full,
-        {
-            "q": normal(4, 2, 3, 576, dtype=np.float16),
-            "cache": normal(9, 16, 576, dtype=np.float16),
-            "block_table": integers(0, 9, 4, 3),
-            "seq_lens": np.array([2, 48, 0, 17], np.int32),
-        },
-        specs=(ROWS, ALL, ROWS, ROWS),
-        out_specs=(ROWS, ROWS),
-        symbolic=("b, 2, 3, 576", "p, 16, 576", "b, 3", "b"),
-        mismatch=(("cache", 2), ("block_table", 0), ("seq_lens", 0)),
-        primitive="jaxkern_mla_decode",
+        normal(4, 2, 3, 576, dtype=np.float16),
+        normal(9, 16, 576, dtype=np.float16),
         variant="full-float16",
         rtol=2.0**-9,  # weights and result are float16
     ),
-    Case(
-        "mla_decode",
+    _decode_case(
         _mla_decode_full,
-        {
-            "q": normal(4, 2, 3, 576, dtype=jnp.bfloat16),
-            "cache": np.asarray(jaxkern.reference.pack_rows(normal(9, 16, 576), 512)),
-            "block_table": integers(0, 9, 4, 3),
-            "seq_lens": np.array([2, 48, 0, 17], np.int32),
-        },
-        specs=(ROWS, ALL, ROWS, ROWS),
-        out_specs=(ROWS, ROWS),
-        symbolic=("b, 2, 3, 576", "p, 16, 656", "b, 3", "b"),
-        mismatch=(("cache", 2), ("block_table", 0), ("seq_lens", 0)),
-        primitive="jaxkern_mla_decode",
+        normal(4, 2, 3, 576, dtype=jnp.bfloat16),
+        np.asarray(jaxkern.reference.pack_rows(normal(9, 16, 576), 512)),
         variant="full-fp8",
         rtol=2.0**-6,  # weights, result and on Hopper keys are bfloat16
     ),
