@@ -96,7 +96,7 @@ ffi::Error gather_quantize_rows(ffi::ThreadPool pool, Buffer x, Buffer source, B
 ffi::Error sum_rows(ffi::ThreadPool pool, Buffer rows, Buffer slots, Buffer keys, Buffer weights, Buffer bias,
                     Result out, int64_t num_keys, std::string_view) {
   Check check("sum_rows");
-  SumSizes s = check_sum_rows(check, rows, slots, keys, weights, bias, *out);
+  SumSizes s = check_sum_rows(check, rows, slots, keys, weights, bias, *out, cpu::kMaxTopK);
   if (check.failed()) return check.error();
 
   cpu::sum_rows({.rows = rows.untyped_data(),

@@ -101,19 +101,25 @@ struct SumSizes {
   int64_t num_rows, tokens, top_k, hidden;
 };
 
-// bias is [0, 0] where there is none.
-inline SumSizes check_sum_rows(Check& check, const Buffer& rows, const Buffer& slots, const Buffer& keys,
-                               const Buffer& weights, const Buffer& bias, const Buffer& out) {
+inline SumSizes check_rows_and_slots(Check& check, const Buffer& rows, const Buffer& slots) {
   using enum ffi::DataType;
   check.rank("rows", rows, 2);
   check.rank("slots", slots, 2);
   if (check.failed()) return {};
-  SumSizes s = {.num_rows = rows.dimensions()[0],
-                .tokens = slots.dimensions()[0],
-                .top_k = slots.dimensions()[1],
-                .hidden = rows.dimensions()[1]};
   check.dtype("rows", rows, {F32, BF16});
   check.dtype("slots", slots, {S32});
+  return {.num_rows = rows.dimensions()[0],
+          .tokens = slots.dimensions()[0],
+          .top_k = slots.dimensions()[1],
+          .hidden = rows.dimensions()[1]};
+}
+
+// bias is [0, 0] where there is none.
+inline SumSizes check_sum_rows(Check& check, const Buffer& rows, const Buffer& slots, const Buffer& keys,
+                               const Buffer& weights, const Buffer& bias, const Buffer& out, int64_t most_choices) {
+  using enum ffi::DataType;
+  SumSizes s = check_rows_and_slots(check, rows, slots);
+  if (check.failed()) return {};
   check.dtype("keys", keys, {S32});
   check.shape("keys", keys, {s.tokens, s.top_k});
   check.dtype("weights", weights, {F32});
@@ -122,22 +128,15 @@ inline SumSizes check_sum_rows(Check& check, const Buffer& rows, const Buffer& s
   if (bias.element_count() > 0) check.shape("bias", bias, {s.tokens, s.hidden});
   check.dtype("out", out, {F32, BF16});
   check.shape("out", out, {s.tokens, s.hidden});
-  check.that(s.top_k <= 64, "slots must hold at most 64 choices a token");
+  check.that(s.top_k <= most_choices, "slots hold too many choices of a token");
   return s;
 }
 
 inline SumSizes check_dot_rows(Check& check, const Buffer& rows, const Buffer& slots, const Buffer& x,
                                const Buffer& out) {
   using enum ffi::DataType;
-  check.rank("rows", rows, 2);
-  check.rank("slots", slots, 2);
+  SumSizes s = check_rows_and_slots(check, rows, slots);
   if (check.failed()) return {};
-  SumSizes s = {.num_rows = rows.dimensions()[0],
-                .tokens = slots.dimensions()[0],
-                .top_k = slots.dimensions()[1],
-                .hidden = rows.dimensions()[1]};
-  check.dtype("rows", rows, {F32, BF16});
-  check.dtype("slots", slots, {S32});
   check.dtype("x", x, {F32, BF16});
   check.shape("x", x, {s.tokens, s.hidden});
   check.dtype("out", out, {F32});

@@ -103,7 +103,7 @@ ffi::Error gather_quantize_rows(cuda::Stream stream, Buffer x, Buffer source, Bu
 ffi::Error sum_rows(cuda::Stream stream, Buffer rows, Buffer slots, Buffer keys, Buffer weights, Buffer bias,
                     Result out, int64_t num_keys) {
   Check check("sum_rows");
-  SumSizes s = check_sum_rows(check, rows, slots, keys, weights, bias, *out);
+  SumSizes s = check_sum_rows(check, rows, slots, keys, weights, bias, *out, cuda::most_choices);
   check.that(is_size(num_keys), "num_keys must be a positive int32");
   check.that(are_counts({s.num_rows, s.tokens, s.hidden}), "rows and their width must be int32");
   check.that(aligned({rows.untyped_data(), bias.untyped_data(), out->untyped_data()}),
