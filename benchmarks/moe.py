@@ -23,7 +23,7 @@ def rows(quick: bool):
         yield _dispatch_combine(tokens, hidden, experts, top_k)
     for tokens, bar in ((256, 8),) if quick else ((256, 8), (4096, 5)):
         yield _layer(tokens, 1024, 512, 16, 4, "fp8", bar)
-        yield _layer(tokens, 1024, 512, 16, 4, BF16, None)
+        yield _layer(tokens, 1024, 512, 16, 4, "bfloat16", None)
 
 
 def _route(tokens, experts, top_k):
@@ -91,26 +91,29 @@ def _xla_combine_by_take(rows, _, order, arrays):
 
 
 def _layer(tokens, hidden, width, experts, top_k, stored, bar):
-    """The whole layer with its shared expert. XLA multiplies what `stored` holds: FP8 weights' values are float32's."""
+    """The whole layer with its shared expert. XLA multiplies in float32, or in bfloat16 if that is what is stored."""
     x = common.normal((tokens, hidden), BF16)
     router, bias = common.normal((experts, hidden)) / hidden**0.5, jnp.linspace(0.1, 0, experts)  # skewed
-    routed = [
-        common.normal((experts, *shape), seed=s) / 20 for s, shape in enumerate(((2 * width, hidden), (hidden, width)))
-    ]
-    shared = [common.normal(shape, seed=s) / 20 for s, shape in enumerate(((2 * width, hidden), (hidden, width)))]
-    plain = [[w.astype(F32 if stored == "fp8" else stored) for w in pair] for pair in (routed, shared)]
-    ours = [[jaxkern.quantize(w, (128, 128)) for w in pair] for pair in (routed, shared)] if stored == "fp8" else plain
+    dtypes = {"fp8": [F32], "bfloat16": [F32, BF16]}[stored]
+
+    def weights(*lead):
+        pair = (2 * width, hidden), (hidden, width)
+        return [(common.normal((*lead, *shape), seed=s) / 20).astype(dtypes[-1]) for s, shape in enumerate(pair)]
+
+    ours = plain = [weights(experts), weights()]
+    if stored == "fp8":
+        ours = [[jaxkern.quantize(w, (128, 128)) for w in pair] for pair in plain]
     transposed = [[w.swapaxes(-1, -2) for w in pair] for pair in plain]  # as ragged_dot is fastest
     choice = {"top_k": top_k, "num_groups": 4, "topk_groups": 2, "scale": 2.5}
     # Each assignment's three products, and the shared expert's three.
     flops = 6 * tokens * (top_k + 1) * hidden * width
     return common.compare(
-        f"MoE layer {jnp.dtype(stored).name if stored != 'fp8' else 'fp8'}",
+        f"MoE layer {stored}",
         f"t={tokens} h={hidden} i={width} e={experts} k={top_k}",
         functools.partial(_our_layer, choice=choice),
         {
             f"ragged_dot, {jnp.dtype(dtype).name}": functools.partial(_xla_layer, choice=choice, dtype=dtype)
-            for dtype in {F32, plain[0][0].dtype.type}
+            for dtype in dtypes
         },
         (x, router, bias, *ours),
         xla_args=(x, router, bias, *transposed),
@@ -126,7 +129,7 @@ def _our_layer(x, router, bias, routed, shared, *, choice):
         product = jaxkern.grouped_gemm if groups else jaxkern.gemm
         gate_up, down = weights
         if not isinstance(down, jaxkern.ScaledArray):
-            gate, up = jnp.split(product(x, gate_up, *groups, out_dtype=x.dtype), 2, axis=-1)
+            gate, up = jnp.split(product(x, gate_up, *groups, out_dtype=BF16), 2, axis=-1)
             return product(jax.nn.silu(gate) * up, down, *groups, out_dtype=BF16)
         x = x if isinstance(x, jaxkern.ScaledArray) else jaxkern.quantize(x, (1, 128))
         gate_up = product(x, gate_up, *groups, out_dtype=BF16)
