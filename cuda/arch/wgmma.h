@@ -11,6 +11,9 @@
 // shared memory that A and B are read from. A group begins with wgmma_fence.
 #pragma once
 
+#include <type_traits>
+
+#include "cuda/arch/number.h"
 #include "cuda/arch/thread.h"
 #include "cuda/arch/tma.h"
 
@@ -165,94 +168,75 @@ DEVICE void wgmma_e4m3(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, bo
   SIM(sim::wgmma(sim::Format::e4m3, n, d, a, 0, b, false, accumulate, where);)
 }
 
-// wgmma.mma_async.m64nNk16.f32.bf16.bf16. B is MN-major if `transposed_b`.
-template <int n, bool transposed_b = false>
-DEVICE void wgmma_bf16(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulate AND_WHERE) {
+SIM(template <typename Number> constexpr auto sim_format_of = std::is_same_v<Number, bfloat16> ? sim::Format::bfloat16
+                                                                                               : sim::Format::float16;)
+
+// wgmma.mma_async.m64nNk16.f32, of bfloat16 or float16. B is MN-major if `transposed_b`.
+template <typename Number, int n, bool transposed_b = false>
+DEVICE void wgmma_16bit(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulate AND_WHERE) {
 #ifndef JAXKERN_SIM
-#define SHAPE(n_, count, a_, b_, p_, t_, unused1, unused2)                                   \
-  if constexpr (n == n_)                                                                     \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p_                                    \
-                 ", 0;\n"                                                                    \
-                 "wgmma.mma_async.sync.aligned.m64n" #n_ "k16.f32.bf16.bf16 {" NAMES_##count \
-                 "}, %" #a_ ", %" #b_ ", p, 1, 1, 0, %" #t_ ";\n}"                           \
-                 : OPERANDS_##count                                                          \
+#define SHAPE(n_, count, a_, b_, p_, t_, unused1, unused2)                                               \
+  if constexpr (n == n_)                                                                                 \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p_                                                \
+                 ", 0;\n"                                                                                \
+                 "wgmma.mma_async.sync.aligned.m64n" #n_ "k16.f32." NUMBER "." NUMBER " {" NAMES_##count \
+                 "}, %" #a_ ", %" #b_ ", p, 1, 1, 0, %" #t_ ";\n}"                                       \
+                 : OPERANDS_##count                                                                      \
                  : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(transposed_b)));
-  WGMMA_SHAPES(SHAPE)
+#define NUMBER "bf16"
+  if constexpr (std::is_same_v<Number, bfloat16>) {
+    WGMMA_SHAPES(SHAPE)
+  }
+#undef NUMBER
+#define NUMBER "f16"
+  if constexpr (std::is_same_v<Number, float16>) {
+    WGMMA_SHAPES(SHAPE)
+  }
+#undef NUMBER
 #undef SHAPE
 #endif
-  SIM(sim::wgmma(sim::Format::bfloat16, n, d, nullptr, a, b, transposed_b, accumulate, where);)
+  SIM(sim::wgmma(sim_format_of<Number>, n, d, nullptr, a, b, transposed_b, accumulate, where);)
 }
 
 // The same, A in registers.
-template <int n, bool transposed_b = false>
-DEVICE void wgmma_bf16(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate AND_WHERE) {
+template <typename Number, int n, bool transposed_b = false>
+DEVICE void wgmma_16bit(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate AND_WHERE) {
 #ifndef JAXKERN_SIM
-#define SHAPE(n_, count, a0, a1, a2, a3, b_, p_)                                                                    \
-  if constexpr (n == n_)                                                                                            \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p_                                                           \
-                 ", 0;\n"                                                                                           \
-                 "wgmma.mma_async.sync.aligned.m64n" #n_ "k16.f32.bf16.bf16 {" NAMES_##count                        \
-                 "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b_ ", p, 1, 1, " TRANSPOSED(transposed_b) ";\n}" \
-                 : OPERANDS_##count                                                                                 \
+#define SHAPE(n_, count, a0, a1, a2, a3, b_, p_)                                                         \
+  if constexpr (n == n_)                                                                                 \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p_                                                \
+                 ", 0;\n"                                                                                \
+                 "wgmma.mma_async.sync.aligned.m64n" #n_ "k16.f32." NUMBER "." NUMBER " {" NAMES_##count \
+                 "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b_ ", p, 1, 1, " TRANSPOSED ";\n}"    \
+                 : OPERANDS_##count                                                                      \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
-#define TRANSPOSED(x) "0"
-  if constexpr (!transposed_b) {
+#define NUMBER "bf16"
+#define TRANSPOSED "0"
+  if constexpr (std::is_same_v<Number, bfloat16> && !transposed_b) {
     WGMMA_SHAPES(SHAPE)
   }
 #undef TRANSPOSED
-#define TRANSPOSED(x) "1"
-  if constexpr (transposed_b) {
+#define TRANSPOSED "1"
+  if constexpr (std::is_same_v<Number, bfloat16> && transposed_b) {
     WGMMA_SHAPES(SHAPE)
   }
 #undef TRANSPOSED
+#undef NUMBER
+#define NUMBER "f16"
+#define TRANSPOSED "0"
+  if constexpr (std::is_same_v<Number, float16> && !transposed_b) {
+    WGMMA_SHAPES(SHAPE)
+  }
+#undef TRANSPOSED
+#define TRANSPOSED "1"
+  if constexpr (std::is_same_v<Number, float16> && transposed_b) {
+    WGMMA_SHAPES(SHAPE)
+  }
+#undef TRANSPOSED
+#undef NUMBER
 #undef SHAPE
 #endif
-  SIM(sim::wgmma(sim::Format::bfloat16, n, d, a, 0, b, transposed_b, accumulate, where);)
-}
-
-// wgmma.mma_async.m64nNk16.f32.f16.f16: the same for float16.
-template <int n, bool transposed_b = false>
-DEVICE void wgmma_f16(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulate AND_WHERE) {
-#ifndef JAXKERN_SIM
-#define SHAPE(n_, count, a_, b_, p_, t_, unused1, unused2)                                 \
-  if constexpr (n == n_)                                                                   \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p_                                  \
-                 ", 0;\n"                                                                  \
-                 "wgmma.mma_async.sync.aligned.m64n" #n_ "k16.f32.f16.f16 {" NAMES_##count \
-                 "}, %" #a_ ", %" #b_ ", p, 1, 1, 0, %" #t_ ";\n}"                         \
-                 : OPERANDS_##count                                                        \
-                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(transposed_b)));
-  WGMMA_SHAPES(SHAPE)
-#undef SHAPE
-#endif
-  SIM(sim::wgmma(sim::Format::float16, n, d, nullptr, a, b, transposed_b, accumulate, where);)
-}
-
-// The same, A in registers.
-template <int n, bool transposed_b = false>
-DEVICE void wgmma_f16(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate AND_WHERE) {
-#ifndef JAXKERN_SIM
-#define SHAPE(n_, count, a0, a1, a2, a3, b_, p_)                                                                    \
-  if constexpr (n == n_)                                                                                            \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p_                                                           \
-                 ", 0;\n"                                                                                           \
-                 "wgmma.mma_async.sync.aligned.m64n" #n_ "k16.f32.f16.f16 {" NAMES_##count                          \
-                 "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b_ ", p, 1, 1, " TRANSPOSED(transposed_b) ";\n}" \
-                 : OPERANDS_##count                                                                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
-#define TRANSPOSED(x) "0"
-  if constexpr (!transposed_b) {
-    WGMMA_SHAPES(SHAPE)
-  }
-#undef TRANSPOSED
-#define TRANSPOSED(x) "1"
-  if constexpr (transposed_b) {
-    WGMMA_SHAPES(SHAPE)
-  }
-#undef TRANSPOSED
-#undef SHAPE
-#endif
-  SIM(sim::wgmma(sim::Format::float16, n, d, a, 0, b, transposed_b, accumulate, where);)
+  SIM(sim::wgmma(sim_format_of<Number>, n, d, a, 0, b, transposed_b, accumulate, where);)
 }
 
 // wgmma.wait_group: until at most `pending` groups are not complete. The accumulators of those that are complete then

@@ -57,7 +57,7 @@ DEVICE void multiply_stage(float (&sums)[n / 2], const void* left, const void* r
     if constexpr (Format::scaled)
       wgmma_e4m3<n>(sums, a + k * 2, b + k * 2, k > 0 SIM(, where));
     else
-      wgmma_bf16<n>(sums, a + k * 2, b + k * 2, true SIM(, where));
+      wgmma_16bit<bfloat16, n>(sums, a + k * 2, b + k * 2, true SIM(, where));
   }
   wgmma_commit_group(SIM(where));
 }

@@ -405,14 +405,6 @@ struct MlaDecodeKernel {
     }
   }
 
-  template <int n, bool transposed_b = false, typename A>
-  DEVICE static void multiply(float (&d)[n / 2], const A& a, uint64_t b, bool accumulate AND_WHERE) {
-    if constexpr (std::is_same_v<Number, float16>)
-      wgmma_f16<n, transposed_b>(d, a, b, accumulate SIM(, where));
-    else
-      wgmma_bf16<n, transposed_b>(d, a, b, accumulate SIM(, where));
-  }
-
   // The first tiles of q, as A in registers: a product of 32 keys would read more of q from shared memory than the
   // tensor cores have time for, the more so as both warpgroups read all of it.
   struct Queries {
@@ -438,9 +430,9 @@ struct MlaDecodeKernel {
 #pragma unroll
       for (int k = 0; k < 4; ++k)
         if (tile < kept_tiles)
-          multiply<half_keys>(logits, q.fragment[tile * 4 + k], b + k * 2, tile + k > 0);
+          wgmma_16bit<Number, half_keys>(logits, q.fragment[tile * 4 + k], b + k * 2, tile + k > 0);
         else
-          multiply<half_keys>(logits, a + k * 2, b + k * 2, tile + k > 0);
+          wgmma_16bit<Number, half_keys>(logits, a + k * 2, b + k * 2, tile + k > 0);
     }
     wgmma_commit_group();
   }
@@ -452,7 +444,7 @@ struct MlaDecodeKernel {
                                    Swizzle::bytes_128);
     wgmma_fence(result);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) multiply<columns, true>(result, a + k * 2, b + k * (16 * 128 / 16), true);
+    for (int k = 0; k < 4; ++k) wgmma_16bit<Number, columns, true>(result, a + k * 2, b + k * (16 * 128 / 16), true);
     wgmma_commit_group();
   }
 

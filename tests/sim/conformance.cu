@@ -1106,12 +1106,11 @@ struct Product : Kernel<128> {
       bool accumulate = step > 0 || p.at[0];
       if constexpr (format == Format::e4m3 && a_in_registers) wgmma_e4m3<n>(d, fragments[step], b, accumulate);
       if constexpr (format == Format::e4m3 && !a_in_registers) wgmma_e4m3<n>(d, a, b, accumulate);
-      if constexpr (format == Format::bf16 && a_in_registers)
-        wgmma_bf16<n, transposed_b>(d, fragments[step], b, accumulate);
-      if constexpr (format == Format::bf16 && !a_in_registers) wgmma_bf16<n, transposed_b>(d, a, b, accumulate);
-      if constexpr (format == Format::f16 && a_in_registers)
-        wgmma_f16<n, transposed_b>(d, fragments[step], b, accumulate);
-      if constexpr (format == Format::f16 && !a_in_registers) wgmma_f16<n, transposed_b>(d, a, b, accumulate);
+      using Number = std::conditional_t<format == Format::f16, float16, bfloat16>;
+      if constexpr (format != Format::e4m3 && a_in_registers)
+        wgmma_16bit<Number, n, transposed_b>(d, fragments[step], b, accumulate);
+      if constexpr (format != Format::e4m3 && !a_in_registers)
+        wgmma_16bit<Number, n, transposed_b>(d, a, b, accumulate);
     }
     wgmma_commit_group();
     wgmma_wait_group<0>(d);
