@@ -256,6 +256,13 @@ def test_a_prompt_has_the_same_bits_alone_and_in_a_batch(dtype, fp8):
     subprocess.run([sys.executable, "-c", code], check=True, env=env)
 
 
+def test_norms_are_compiled_without_an_approximate_root():
+    """Whose bits XLA:CPU lets depend on the number of rows."""
+    model = small_model()
+    text = jax.jit(model.model.norm).lower(jnp.ones((4, 1, model.config.hidden_size))).compile().as_text()
+    assert "sqrt(" in text and "rsqrt(" not in text
+
+
 def check_batch_invariance(dtype, fp8):
     run = logits_of_steps(dtype, fp8)
     lengths = np.array([20, 13, 1, 7, 20, 2, 16, 19])

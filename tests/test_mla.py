@@ -250,30 +250,33 @@ def test_decode_clamps_lengths_to_the_table(implementation):
         assert_decodes(arrays, implementation, softmax_scale=0.3, latent_dim=32)
 
 
+@pytest.mark.parametrize("latent", [32, 160])  # less than what is converted at a time, and a scale's block and more
 @pytest.mark.parametrize("dtypes", PAIRS, ids=str)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_decode_shows_a_nan_to_those_that_attend_to_it_only(implementation, dtypes):
+def test_decode_shows_a_nan_to_those_that_attend_to_it_only(implementation, dtypes, latent):
     q_dtype, dtype = dtypes
-    q, cache, table, seq_lens = paged(3, 4, 2, 3, 16, 40, [50, 50, 700, 30], q_dtype=q_dtype, dtype=dtype, latent=32)
-    clean = decode_by_hand(q, cache, table, seq_lens, softmax_scale=0.3, latent_dim=32)
+    lengths, options = [50, 50, 700, 30], dict(softmax_scale=0.3, latent_dim=latent)
+    q, cache, table, seq_lens = paged(3, 4, 2, 3, 16, latent + 8, lengths, q_dtype=q_dtype, dtype=dtype, latent=latent)
+    clean = decode_by_hand(q, cache, table, seq_lens, **options)
+    rope = latent + 4 * -(-latent // 128)  # where a packed row's begins, after the scales
 
     def spoil(request, token, column, number):
         row = cache[table[request, token // 16], token % 16]
         if dtype != FP8:
             row[column] = number
-        elif column < 32:
+        elif column < latent:
             row[column] = 0x7F  # NaN; there is no infinity
         else:
-            row[36 + 2 * (column - 32) :][:2] = np.array(number, BF16).reshape(1).view(np.uint8)
+            row[rope + 2 * (column - latent) :][:2] = np.array(number, BF16).reshape(1).view(np.uint8)
 
     spoil(0, 20, 5, np.nan)  # a value
-    spoil(1, 49, 35, np.nan)  # not a value; key of the last query only
+    spoil(1, 49, latent + 3, np.nan)  # not a value; key of the last query only
     spoil(2, 699, 3, np.inf)
     if dtype == FP8:
-        cache[table[3, 29 // 16], 29 % 16, 32:36] = 255  # a scale
+        cache[table[3, 29 // 16], 29 % 16, latent : latent + 4] = 255  # a scale
     else:
-        spoil(3, 29, 31, np.nan)
-    out, lse = mla_decode(q, cache, table, seq_lens, softmax_scale=0.3, latent_dim=32, implementation=implementation)
+        spoil(3, 29, latent - 1, np.nan)
+    out, lse = mla_decode(q, cache, table, seq_lens, **options, implementation=implementation)
     touched = np.array([[True, True], [False, True], [False, True], [False, True]])
     nan = np.array([0, 1, 3])
     np.testing.assert_array_equal(np.isnan(np.asarray(out, np.float32)[nan]).any(axis=(2, 3)), touched[nan])
