@@ -55,18 +55,22 @@ struct GatherSizes {
   int64_t tokens, top_k, hidden, rows;
 };
 
-inline GatherSizes check_gather_rows(Check& check, const Buffer& x, const Buffer& source, const Buffer& weights,
-                                     const Buffer& out, int64_t top_k, bool weighted) {
-  using enum ffi::DataType;
+inline GatherSizes check_x_and_source(Check& check, const Buffer& x, const Buffer& source, int64_t top_k) {
   check.rank("x", x, 2);
   check.rank("source", source, 1);
   if (check.failed()) return {};
-  GatherSizes s = {
-      .tokens = x.dimensions()[0], .top_k = top_k, .hidden = x.dimensions()[1], .rows = source.dimensions()[0]};
-  check.dtype("source", source, {S32});
+  check.dtype("source", source, {ffi::DataType::S32});
+  check.that(is_size(top_k), "top_k must be a positive int32");
+  return {.tokens = x.dimensions()[0], .top_k = top_k, .hidden = x.dimensions()[1], .rows = source.dimensions()[0]};
+}
+
+inline GatherSizes check_gather_rows(Check& check, const Buffer& x, const Buffer& source, const Buffer& weights,
+                                     const Buffer& out, int64_t top_k, bool weighted) {
+  using enum ffi::DataType;
+  GatherSizes s = check_x_and_source(check, x, source, top_k);
+  if (check.failed()) return {};
   check.shape("out", out, {s.rows, s.hidden});
   check.dtype("out", out, {x.element_type()});
-  check.that(is_size(top_k), "top_k must be a positive int32");
   check.dtype("x", x, {F32, BF16, F16, S32, U8, F8E4M3FN, F8E8M0FNU});
   if (weighted) {
     check.dtype("x", x, {F32, BF16});
@@ -80,14 +84,9 @@ inline GatherSizes check_gather_quantize_rows(Check& check, const Buffer& x, con
                                               const Buffer& values, const Buffer& scales, int64_t top_k,
                                               std::string_view scale_format) {
   using enum ffi::DataType;
-  check.rank("x", x, 2);
-  check.rank("source", source, 1);
+  GatherSizes s = check_x_and_source(check, x, source, top_k);
   if (check.failed()) return {};
-  GatherSizes s = {
-      .tokens = x.dimensions()[0], .top_k = top_k, .hidden = x.dimensions()[1], .rows = source.dimensions()[0]};
-  check.that(is_size(top_k), "top_k must be a positive int32");
   check.dtype("x", x, {F32, BF16});
-  check.dtype("source", source, {S32});
   check.dtype("slots", slots, {S32});
   check.shape("slots", slots, {s.tokens, top_k});
   check.shape("values", values, {s.rows, s.hidden});

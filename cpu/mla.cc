@@ -40,6 +40,7 @@ constexpr int kPanelTokens = 6, kHalfPanelTokens = 12, kValueRows = 6, kValueReg
 #endif
 constexpr int64_t kPanelColumns = 192;  // of a panel at a time: they stay in the first cache for all tokens
 constexpr int64_t kAheadColumns = 4;    // for each cache line that is fetched ahead
+constexpr int64_t kFetched = 64;        // bytes of a packed row that are converted after one prefetch
 constexpr int kPanel = 2 * kLanes;  // rows whose queries lie together: [width][kPanel]; the last may be half as wide
 
 int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -120,8 +121,6 @@ JAXKERN_INLINE void copy(const T* from, float* to, int64_t n) {
   }
   for (; i < n; ++i) to[i] = to_f32(from[i]);
 }
-
-constexpr int64_t kFetched = 64;  // bytes at a time
 
 JAXKERN_INLINE void zero(void* to, int64_t bytes) { std::memset(to, 0, bytes); }
 
