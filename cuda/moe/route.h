@@ -7,15 +7,15 @@
 namespace jaxkern::cuda::kernels {
 
 // Numbers as integers of the same order, where both zeros are one and a NaN is minus infinity.
-DEVICE uint32_t rank_of(float x) {
+DEVICE uint32_t sort_key(float x) {
   uint32_t bits = x != x ? 0xff800000 : x == 0 ? 0 : float_bits(x);
   return bits >> 31 ? ~bits : bits | 0x80000000;
 }
-DEVICE float of_rank(uint32_t rank) { return bits_float(rank >> 31 ? rank & 0x7fffffff : ~rank); }
+DEVICE float from_sort_key(uint32_t key) { return bits_float(key >> 31 ? key & 0x7fffffff : ~key); }
 
 struct ChooseExperts {
   static constexpr int threads = 256, warps = threads / warp_size, resident = 4;
-  static constexpr uint32_t taken = 0, last = 0x007fffff;  // below every rank, and that of minus infinity
+  static constexpr uint32_t taken = 0, last = 0x007fffff;  // below every key, and that of minus infinity
   static std::string name() { return "ChooseExperts"; }
 
   struct Params {
@@ -24,15 +24,15 @@ struct ChooseExperts {
     Global<int32_t> expert_ids;  // [tokens, top_k]
     int tokens, experts, groups, topk_groups, top_k;
   };
-  // One in 32 lies idle: lanes look at runs of ranks, which begin in banks of their own thus.
+  // One in 32 lies idle: lanes look at runs of keys, which begin in banks of their own thus.
   template <int size>
-  struct Ranks {
+  struct SortKeys {
     Shared<uint32_t> padded[size + size / warp_size];
     DEVICE Shared<uint32_t>& operator[](int i) { return padded[i + i / warp_size]; }
   };
   struct Smem {
-    Ranks<most_experts> experts[warps];
-    Ranks<most_expert_groups> groups[warps];
+    SortKeys<most_experts> experts[warps];
+    SortKeys<most_expert_groups> groups[warps];
   };
 
   DEVICE static void run(const Params& p, Smem& s) {
@@ -42,7 +42,7 @@ struct ChooseExperts {
       syncwarp();
       for (int i = lane; i < p.experts; i += warp_size) {
         float score = load_global<float>(p.scores, int64_t(token) * p.experts + i);
-        store(experts[i], rank_of(score + load_global<float>(p.bias, i)));
+        store(experts[i], sort_key(score + load_global<float>(p.bias, i)));
       }
       syncwarp();
       if (p.topk_groups < p.groups) choose_groups(p, experts, s.groups[warp]);
@@ -53,16 +53,17 @@ struct ChooseExperts {
   }
 
   // Leaves the experts of the best groups as they are, the others last.
-  DEVICE static void choose_groups(const Params& p, Ranks<most_experts>& experts, Ranks<most_expert_groups>& groups) {
+  DEVICE static void choose_groups(const Params& p, SortKeys<most_experts>& experts,
+                                   SortKeys<most_expert_groups>& groups) {
     int size = p.experts / p.groups;
     for (int group = lane_index(); group < p.groups; group += warp_size) {
       uint32_t first = last, second = last;
       for (int i = 0; i < size; ++i) {
-        uint32_t rank = load(experts[group * size + i]), lower = rank < first ? rank : first;
+        uint32_t key = load(experts[group * size + i]), lower = key < first ? key : first;
         second = lower > second ? lower : second;
-        first = rank > first ? rank : first;
+        first = key > first ? key : first;
       }
-      store(groups[group], size == 1 ? first : rank_of(of_rank(first) + of_rank(second)));
+      store(groups[group], size == 1 ? first : sort_key(from_sort_key(first) + from_sort_key(second)));
     }
     syncwarp();
     choose(groups, p.groups, p.topk_groups, [](int, int) {});
@@ -71,18 +72,18 @@ struct ChooseExperts {
     syncwarp();
   }
 
-  // Calls f(i, index) for the `count` highest of `size` ranks, in falling order, ties by index, and marks them as
-  // taken. A lane looks after neighbouring ranks.
+  // Calls f(i, index) for the `count` highest of `size` keys, in falling order, ties by index, and marks them as
+  // taken. A lane looks after neighbouring keys.
   template <int most, typename F>
-  DEVICE static void choose(Ranks<most>& ranks, int size, int count, F f) {
+  DEVICE static void choose(SortKeys<most>& keys, int size, int count, F f) {
     int share = static_cast<int>(ceil_div(size, warp_size)), begin = lane_index() * share;
     int end = begin + share < size ? begin + share : size, index = begin;
     auto highest = [&] {
       uint32_t best = taken;
       for (int i = begin; i < end; ++i) {
-        uint32_t rank = load(ranks[i]);
-        if (rank > best) index = i;
-        best = rank > best ? rank : best;
+        uint32_t key = load(keys[i]);
+        if (key > best) index = i;
+        best = key > best ? key : best;
       }
       return best;
     };
@@ -97,7 +98,7 @@ struct ChooseExperts {
       int lane = lowest_bit(ballot(own == best));
       f(i, shfl(index, lane));
       if (lane_index() == lane) {
-        store(ranks[index], taken);
+        store(keys[index], taken);
         own = highest();
       }
     }

@@ -8,12 +8,8 @@
 
 namespace jaxkern::cuda::kernels {
 
-template <typename T>
-constexpr const char* row_type = "void";
 template <>
-constexpr const char* row_type<float> = "float";
-template <>
-constexpr const char* row_type<bfloat16> = "bfloat16";
+inline constexpr const char* format_name<void> = "void";
 
 // ---- a copy of each row ----
 
@@ -40,7 +36,7 @@ struct UnitOf<1> {
 template <int bytes, typename Number>
 struct TakeRows {
   static constexpr int threads = 256, resident = 4, each = 4;
-  static std::string name() { return "TakeRows<" + std::to_string(bytes) + ", " + row_type<Number> + ">"; }
+  static std::string name() { return "TakeRows<" + std::to_string(bytes) + ", " + format_name<Number> + ">"; }
 
   using Unit = typename UnitOf<bytes>::Type;
 
@@ -238,7 +234,7 @@ struct AddRows {
   static constexpr int most_pending = deep ? 31 : 7, fours = deep ? 1 : 2;
   static constexpr int columns = fours * warp_size * 4;
   static std::string name() {
-    return std::string("AddRows<") + row_type<T> + ", " + row_type<Out> + (deep ? ", true>" : ", false>");
+    return std::string("AddRows<") + format_name<T> + ", " + format_name<Out> + (deep ? ", true>" : ", false>");
   }
 
   // Sums pending at once: at most one for each leaf but two, or for each level of the tree.
@@ -406,7 +402,7 @@ struct AddRows {
 template <typename T, typename X>
 struct MultiplyRows {
   static constexpr int threads = 256, warps = threads / warp_size, resident = 4, rows = 8;
-  static std::string name() { return std::string("MultiplyRows<") + row_type<T> + ", " + row_type<X> + ">"; }
+  static std::string name() { return std::string("MultiplyRows<") + format_name<T> + ", " + format_name<X> + ">"; }
 
   struct Params {
     Global<const T> rows;
