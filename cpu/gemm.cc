@@ -2,6 +2,7 @@
 
 #include <cstddef>
 
+#include "cpu/fp8.h"
 #include "cpu/gemm_pack.h"
 #include "cpu/gemm_pairs.h"
 #include "cpu/simd.h"
@@ -45,7 +46,7 @@ constexpr int64_t kTaskRows = 112;  // the most rows of b in a task: a multiple 
 constexpr int64_t kTailRows = 28;   // of b in the last tasks
 #else
 constexpr int kAccumulators = 12;  // of 16
-constexpr int64_t kDotRows = 32;
+constexpr int64_t kDotRows = 12;
 constexpr int kDotBlock = 8;
 constexpr int64_t kTaskRows = 96;
 constexpr int64_t kTailRows = 24;
@@ -53,14 +54,10 @@ constexpr int64_t kTailRows = 24;
 constexpr int kWideRows = kAccumulators / kPanelVectors;               // of b against a full panel of a
 constexpr int kNarrowRows = kAccumulators >= 24 ? 24 : kAccumulators;  // of b against a panel of one register
 
-// Whether a dot multiplies pairs of bfloat16.
-bool is_paired([[maybe_unused]] const Segment& s) {
 #ifdef JAXKERN_LEVEL_avx512
-  return simd_level() >= Level::bf16 && is_paired(s.a) && is_paired(s.b);
-#else
-  return false;
+// Whether a dot multiplies pairs of bfloat16.
+bool is_paired(const Segment& s) { return simd_level() >= Level::bf16 && is_paired(s.a) && is_paired(s.b); }
 #endif
-}
 
 Form form_of(const Segment& s) {
 #ifdef JAXKERN_LEVEL_avx512
@@ -240,12 +237,13 @@ void pairs(const Segment& s, int64_t begin, int64_t rows, float* packed) {
 
 // ---- few rows: dot products ----
 
-// total [kRows] += a [blocks of k][m][kScaleBlock] times one row of b, k [k0, k1) of it. `codes`: see load_quad.
+// total [kRows] += a [blocks of k][m][kScaleBlock], with a_scales [blocks of k][m], times one row of b, k [k0, k1) of
+// it. `codes`: see load_quad.
 template <typename B, int kRows>
-void dot_rows(const float* a, int64_t m, const float*, const Operand& b, int64_t k0, int64_t k1, f32v* total,
+void dot_rows(const float* a, int64_t m, const float* a_scales, const Operand& b, int64_t k0, int64_t k1, f32v* total,
               Codes& codes) {
   constexpr int kChains = kRows <= 2 ? 4 : kRows <= 5 ? 2 : 1;  // of sums that do not wait for each other
-  for (int64_t k = k0; k < k1; k += kScaleBlock, a += m * kScaleBlock) {
+  for (int64_t k = k0; k < k1; k += kScaleBlock, a += m * kScaleBlock, a_scales += m) {
     const B* x = static_cast<const B*>(b.data) + k;
     f32v part[kRows][kChains] = {};
     auto step = [&](const B* x, int64_t i) __attribute__((always_inline)) {
@@ -272,7 +270,7 @@ void dot_rows(const float* a, int64_t m, const float*, const Operand& b, int64_t
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
       for (int chain = 1; chain < kChains; ++chain) part[r][0] += part[r][chain];
-      total[r] += part[r][0] * scale;
+      total[r] += part[r][0] * scale * splat(a_scales[r]);
     }
   }
 }
@@ -294,13 +292,13 @@ auto dot_rows_of(int64_t rows) {
 template <typename A, typename B>
 void dot(const Segment& s, int64_t begin, int64_t rows, const float* packed) {
   constexpr bool kMarksNan = std::is_same_v<A, float> && std::is_same_v<B, e4m3>;
-  constexpr float kUnit = std::is_same_v<A, float> ? quad_unit<B> : 1.0f;
   const A* a = reinterpret_cast<const A*>(packed);
   const float* a_scales = packed + dot_values_floats(s);
   // One row of a is read no more often than b, which is then read from end to end.
   int64_t span =
       s.m == 1 ? s.k : max(kScaleBlock, kDotSpanBytes / int64_t(sizeof(A)) / s.m / kScaleBlock * kScaleBlock);
   auto whole = dot_rows_of<A, B>(kDotBlock), rest = dot_rows_of<A, B>(max(1, s.m % kDotBlock));
+  [[maybe_unused]] KeepDenormals keep;
   float sums[kDotRows * kTaskRows];
   for (int64_t first = 0; first < rows; first += kDotColumns) {
     int64_t columns = min(kDotColumns, rows - first);
@@ -323,7 +321,7 @@ void dot(const Segment& s, int64_t begin, int64_t rows, const float* packed) {
       if constexpr (kMarksNan)
         nan = any && any_nan(static_cast<const B*>(s.b.data) + (begin + first + c) * s.b.stride, s.k);
       for (int64_t r = 0; r < s.m; ++r)
-        sums[r * kTaskRows + first + c] = nan ? __builtin_nanf("") : sum(total[c * s.m + r]) * kUnit;
+        sums[r * kTaskRows + first + c] = nan ? __builtin_nanf("") : sum(total[c * s.m + r]);
     }
   }
   for (int64_t r = 0; r < s.m; ++r)
@@ -336,13 +334,20 @@ void dot(const Segment& s, int64_t begin, int64_t rows, const float* packed) {
 
 // ---- chunks of segments ----
 
-// The dot's a: [k / kScaleBlock][m][kScaleBlock], each row in the order of b's quads.
+constexpr int64_t kTopExponent = 254;  // of finite float32, biased
+
+// The dot's a: [k / kScaleBlock][m][kScaleBlock], each row in the order of b's quads and with their unit; a power of
+// two that keeps this in range is left to a_scales [k / kScaleBlock][m].
 template <typename A>
-void pack_dot_rows(const Segment& s, int64_t k0, int64_t k1, float* to) {
+void pack_dot_rows(const Segment& s, int64_t k0, int64_t k1, float* to, float* a_scales) {
+  bool is_quad = s.b.type == DType::e4m3;
+  float unit = is_quad ? quad_unit<e4m3> : 1.0f;
+  int64_t top = kTopExponent + 127 - (bit_cast<uint32_t>(unit) >> 23);
   for (int64_t i = k0; i < k1; i += kScaleBlock)
     for (int64_t r = 0; r < s.m; ++r) {
       float row[kScaleBlock] = {};
       int64_t n = min(kScaleBlock, k1 - i);
+      u32v largest = {};
       for (int64_t j = 0; j < n; j += kLanes) {
         if (!s.a.transposed) {
           store(row + j, dequantized<A>(s.a, r, i + j, n - j));
@@ -350,10 +355,14 @@ void pack_dot_rows(const Segment& s, int64_t k0, int64_t k1, float* to) {
           for (int64_t l = j; l < min(j + kLanes, n); ++l)
             row[l] = to_f32(static_cast<const A*>(s.a.data)[(i + l) * s.a.stride + r]);
         }
+        largest = larger(largest, load(row + j));
       }
+      int64_t over = max(0, min(largest_of(largest) >> 23, kTopExponent) - top);
+      float scale = bit_cast<float>(uint32_t(127 + over) << 23);
+      a_scales[i / kScaleBlock * s.m + r] = scale;
       float* block = to + i * s.m + r * kScaleBlock;
       for (int64_t j = 0; j < kScaleBlock; j += kQuadLanes)
-        for (int l = 0; l < kQuadLanes; ++l) block[j + l] = row[j + (s.b.type == DType::e4m3 ? quad_element(l) : l)];
+        for (int l = 0; l < kQuadLanes; ++l) block[j + l] = row[j + (is_quad ? quad_element(l) : l)] * (unit / scale);
     }
 }
 
@@ -369,7 +378,8 @@ void pack(const Segment& s, int64_t index, float* packed) {
                                  packed + s.packed + dot_values_floats(s));
     }
 #endif
-    if (s.form == Form::dot) return pack_dot_rows<A>(s, begin, end, packed + s.packed);
+    if (s.form == Form::dot)
+      return pack_dot_rows<A>(s, begin, end, packed + s.packed, packed + s.packed + dot_values_floats(s));
     int64_t row = panel * kPanel, width = panel_width(s, panel);
     float* to = packed + s.packed + row * s.k;
     for (int64_t k0 = begin; k0 < end; k0 += kBlockK)

@@ -189,6 +189,7 @@ constexpr int kQuadLanes = kQuad * kLanes;
 
 // load_quad's registers times quad_unit are the elements, but for NaN codes of e4m3, which become numbers: of these,
 // `codes` remembers whether there were any. Element quad_element(i) of an e4m3 quad is lane i; of others, element i is.
+// Small elements of an e4m3 quad are float32 denormals, for which there must be a KeepDenormals.
 template <typename T>
 constexpr float quad_unit = 1.0f;
 
@@ -199,31 +200,39 @@ JAXKERN_INLINE void load_quad(const T* p, f32v (&x)[kQuad], Codes&) {
 }
 
 #if defined(JAXKERN_LEVEL_avx512) || defined(JAXKERN_LEVEL_avx2)
-// The bytes at odd places, then those at even places, of 16-bit lanes: shifts make float16 of either.
+// An e4m3's bits, shifted, are those of a float32 that is 2^120 smaller. Bytes 3, 1, 2 and 0 of each 32-bit lane.
 template <>
-constexpr float quad_unit<e4m3> = kFastUnit;
-JAXKERN_INLINE constexpr int quad_element(int i) { return i < 2 * kLanes ? 2 * i + 1 : 2 * (i - 2 * kLanes); }
+constexpr float quad_unit<e4m3> = 0x1p120f;
+JAXKERN_INLINE constexpr int quad_element(int i) {
+  return i % kLanes * 4 + (3 - i / kLanes * 2 + i / (2 * kLanes) * 3);
+}
 typedef int16_t i16x2v __attribute__((vector_size(kLanes * 4)));
 #if defined(JAXKERN_LEVEL_avx512)
 using Codes = __m512i;
 JAXKERN_INLINE Codes max_codes(Codes a, Codes b) { return _mm512_max_epu8(a, b); }
-JAXKERN_INLINE f32v first_half(i16x2v x) { return (f32v)_mm512_cvtph_ps(_mm512_castsi512_si256((__m512i)x)); }
-JAXKERN_INLINE f32v second_half(i16x2v x) { return (f32v)_mm512_cvtph_ps(_mm512_extracti64x4_epi64((__m512i)x, 1)); }
 #else
 using Codes = __m256i;
 JAXKERN_INLINE Codes max_codes(Codes a, Codes b) { return _mm256_max_epu8(a, b); }
-JAXKERN_INLINE f32v first_half(i16x2v x) { return (f32v)_mm256_cvtph_ps(_mm256_castsi256_si128((__m256i)x)); }
-JAXKERN_INLINE f32v second_half(i16x2v x) { return (f32v)_mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)x, 1)); }
 #endif
 JAXKERN_INLINE void load_quad(const e4m3* p, f32v (&x)[kQuad], Codes& codes) {
   i16x2v bits = load_raw<i16x2v>(p);
   codes = max_codes(codes, (Codes)(bits | int16_t(0x8080)));
-  i16x2v odd = (bits >> 1) & int16_t(0xbf80), even = ((bits << 8) >> 1) & int16_t(0xbf80);
-  x[0] = first_half(odd);
-  x[1] = second_half(odd);
-  x[2] = first_half(even);
-  x[3] = second_half(even);
+  // Two elements at a time, as if they were bfloat16.
+  u32v odd = bit_cast<u32v>((bits >> 4) & int16_t(0x87f0)), even = bit_cast<u32v>(((bits << 8) >> 4) & int16_t(0x87f0));
+  x[0] = bit_cast<f32v>(odd & 0xffff0000);
+  x[1] = bit_cast<f32v>(odd << 16);
+  x[2] = bit_cast<f32v>(even & 0xffff0000);
+  x[3] = bit_cast<f32v>(even << 16);
 }
+class KeepDenormals {
+ public:
+  KeepDenormals() { _mm_setcsr(before_ & ~kDenormalsAreZero); }
+  ~KeepDenormals() { _mm_setcsr(before_); }
+
+ private:
+  static constexpr unsigned kDenormalsAreZero = 0x40;
+  const unsigned before_ = _mm_getcsr();
+};
 JAXKERN_INLINE bool is_any_nan(Codes codes) {
   uint8_t bytes[sizeof(Codes)];
   store_raw(bytes, codes);
@@ -233,6 +242,7 @@ JAXKERN_INLINE bool is_any_nan(Codes codes) {
 }
 #else
 struct Codes {};
+struct KeepDenormals {};
 JAXKERN_INLINE constexpr int quad_element(int i) { return i; }
 JAXKERN_INLINE bool is_any_nan(Codes) { return false; }
 #endif

@@ -164,6 +164,20 @@ def test_every_fp8_code(m):
     assert np.isnan(np.delete(got, clean)).all()
 
 
+@pytest.mark.parametrize("m", [1, 16])
+def test_rows_of_any_magnitude(m):
+    """The blocks of a row lie apart by up to 2^210; the weights include the smallest of FP8."""
+    b = ScaledArray((normal(40, 384) * 2.0**-9).astype(jnp.float8_e4m3fn), jnp.ones((1, 3)), (128, 128))
+    assert (np.abs(exact(b)) < 2.0**-6).all()
+    for exponents in ((0, 0, 0), (8, 0, -8), (-90, -100, -95), (100, -110, 90), (120, 119, 118)):
+        blocks = [np.asarray(normal(m, 128, seed=i)) * np.float32(2.0**e) for i, e in enumerate(exponents)]
+        a = jnp.asarray(np.concatenate(blocks, axis=1))
+        check_gemm(a, b, gemm(a, b, out_dtype=jnp.float32))
+    a = a.at[0, 130].set(jnp.inf)
+    got = np.asarray(gemm(a, b, out_dtype=jnp.float32))
+    assert not np.isfinite(got[0]).any() and np.isfinite(got[1:]).all()
+
+
 @pytest.mark.parametrize("implementation", ["cpu", HOPPER_IMPLEMENTATION])
 @pytest.mark.parametrize("m", [3, 20])
 def test_nan_reaches_its_row_and_column_only(m, implementation):
@@ -640,6 +654,7 @@ def digest() -> str:
         bits.update(np.asarray(x).tobytes())
     for m in (1, 16):
         test_every_fp8_code(m)
+        test_rows_of_any_magnitude(m)
         test_nan_reaches_its_row_and_column_only(m + 2, "cpu")
     return f"{jaxkern._ffi.CPU.simd_level()} {bits.hexdigest()}"
 
