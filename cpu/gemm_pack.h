@@ -36,14 +36,14 @@ struct Segment {
   int64_t packed;  // in floats
 };
 
-constexpr int64_t kDotAheadBytes = 4096;  // of a row of b, fetched before they are needed
+constexpr int64_t kDotAheadBytes = 16384;  // of b, fetched into the second cache before they are needed
 
 // What a dot product's row of b needs kDotAheadBytes after the block at x.
 template <typename B>
 JAXKERN_INLINE void prefetch_block(const B* x) {
 #pragma GCC unroll 8
   for (int64_t i = 0; i < kScaleBlock; i += 64 / int64_t(sizeof(B)))
-    __builtin_prefetch(x + kDotAheadBytes / int64_t(sizeof(B)) + i);
+    __builtin_prefetch(x + kDotAheadBytes / int64_t(sizeof(B)) + i, 0, 2);
 }
 
 // Calls f with a value of the storage type.
