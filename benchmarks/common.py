@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkern import _ffi
+
 TURN = 0.02  # seconds
 
 
@@ -139,6 +141,7 @@ def machine() -> dict:
     copy_ms, product_ms = medians([copy, _caller(lambda v: v @ v.T, (x,))], 0.5)
     return {
         "cpus": os.cpu_count(),
+        "simd": _ffi.CPU.simd_level(),
         "jax": jax.__version__,
         "platform": jax.default_backend(),
         "copy_bytes_per_s": 2 * big.size * 4 / (copy_ms * 1e-3),
@@ -167,7 +170,7 @@ def main(family: str, rows: Callable[[bool], Iterable[Row]], argv: list[str] | N
 def run(family: str, rows: Callable[[bool], Iterable[Row]], quick: bool, path: pathlib.Path | None) -> list[Row]:
     speed = machine()
     print(
-        f"{family}: {speed['cpus']} CPUs, copy {speed['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"{family}: {speed['cpus']} CPUs, {speed['simd']}, copy {speed['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
         f"float32 product {speed['matrix_flops_per_s'] / 1e9:.0f} GFLOP/s"
     )
     columns = f"{'op':28} {'shape':26} {'ours ms':>9} {'xla ms':>9} {'ratio':>6} {'copy':>5} {'matrix':>6}"

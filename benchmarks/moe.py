@@ -20,7 +20,8 @@ def rows(quick: bool):
     shapes = ((1024, 512, 16, 4),) if quick else ((256, 2048, 64, 8), (4096, 2048, 64, 8), (1024, 512, 16, 4))
     for tokens, hidden, experts, top_k in shapes:
         yield _route(tokens, max(experts, 64), top_k)
-        yield _dispatch_combine(tokens, hidden, experts, top_k)
+        for dtype in (F32, BF16):
+            yield _dispatch_combine(tokens, hidden, experts, top_k, dtype, bar=3 if tokens == 4096 else None)
     for tokens, bar in ((256, 8),) if quick else ((256, 8), (4096, 5)):
         yield _layer(tokens, 1024, 512, 16, 4, "fp8", bar)
         yield _layer(tokens, 1024, 512, 16, 4, "bfloat16", None)
@@ -48,14 +49,14 @@ def _skewed_routing(tokens, experts, top_k):
     return jnp.asarray(ids), jnp.asarray(rng.random((tokens, top_k)), F32)
 
 
-def _dispatch_combine(tokens, hidden, experts, top_k):
-    x = common.normal((tokens, hidden))
+def _dispatch_combine(tokens, hidden, experts, top_k, dtype, bar):
+    x = common.normal((tokens, hidden), dtype)
     ids, weights = _skewed_routing(tokens, experts, top_k)
 
     # Both read and write every assignment's row twice, and the tokens once.
-    moved = 2 * tokens * top_k * hidden * 4 + 2 * common.nbytes(x)
+    moved = 2 * (top_k + 1) * common.nbytes(x)
     return common.compare(
-        "dispatch + combine",
+        f"dispatch + combine {jnp.dtype(dtype).name}",
         f"t={tokens} h={hidden} e={experts} k={top_k}",
         functools.partial(_our_pair, experts=experts),
         {
@@ -65,6 +66,7 @@ def _dispatch_combine(tokens, hidden, experts, top_k):
         (x, ids, weights),
         flops=2 * tokens * top_k * hidden,
         bytes=moved,
+        bar=bar,
     )
 
 
@@ -81,13 +83,13 @@ def _xla_dispatch(x, ids, weights, experts):
 def _xla_combine_by_segments(rows, _, order, arrays):
     x, ids, weights = arrays
     scaled = rows * weights.reshape(-1)[order][:, None]
-    return jax.ops.segment_sum(scaled, order // ids.shape[1], num_segments=x.shape[0])
+    return jax.ops.segment_sum(scaled, order // ids.shape[1], num_segments=x.shape[0]).astype(x.dtype)
 
 
 def _xla_combine_by_take(rows, _, order, arrays):
     x, ids, weights = arrays
     back = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
-    return jnp.einsum("tkh,tk->th", rows[back].reshape(*ids.shape, -1), weights)
+    return jnp.einsum("tkh,tk->th", rows[back].reshape(*ids.shape, -1), weights).astype(x.dtype)
 
 
 def _layer(tokens, hidden, width, experts, top_k, stored, bar):
@@ -151,8 +153,7 @@ def _xla_layer(x, router, bias, routed, shared, *, choice, dtype):
     ids, weights = jaxkern.route(logits, bias, **choice, implementation="xla")
     received, sizes, order = _xla_dispatch(x, ids, weights, len(bias))
     y = mlp(lambda a, b: jax.lax.ragged_dot(a, b, sizes), received, routed)
-    out = _xla_combine_by_take(y, sizes, order, (x, ids, weights)) + mlp(jnp.matmul, x, shared)
-    return out.astype(x.dtype)
+    return _xla_combine_by_take(y, sizes, order, (x, ids, weights)) + mlp(jnp.matmul, x, shared).astype(x.dtype)
 
 
 def print_scaling():

@@ -13,8 +13,9 @@ def table(family: str) -> str:
     record = json.loads((RESULTS / f"{family}.cpu.json").read_text())
     machine = record["machine"]
     lines = [
-        f"{machine['cpus']} CPUs, JAX {machine['jax']}; copies {machine['copy_bytes_per_s'] / 1e9:.1f} GB/s, float32 "
-        f"product {machine['matrix_flops_per_s'] / 1e9:.0f} GFLOP/s.",
+        f"{machine['cpus']} CPUs, SIMD level {machine['simd']}, JAX {machine['jax']}; "
+        f"copies {machine['copy_bytes_per_s'] / 1e9:.1f} GB/s, "
+        f"float32 product {machine['matrix_flops_per_s'] / 1e9:.0f} GFLOP/s.",
         "",
         "| op | shape | ours, ms | XLA, ms | XLA's form | gain | copy | matrix |",
         "|---|---|--:|--:|---|--:|--:|--:|",

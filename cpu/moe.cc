@@ -74,6 +74,34 @@ void gather_weighted(const GatherRowsParams& p, int64_t row) {
   if (i < p.hidden) store_first(out + i, load_first(x + i, p.hidden - i) * weight, p.hidden - i);
 }
 
+constexpr int64_t kCachedBytes = 1 << 25;  // of a result that the caches may hold for its reader
+
+// Copies each token to all its rows at once, past the caches: x is read once, and no row is read to be overwritten.
+void gather_by_token(const GatherRowsParams& p, const Threads& threads) {
+  int64_t row_bytes = p.hidden * p.element_size;
+  auto token_of = [&](int64_t row) {
+    return is_assignment(p.source[row], p.tokens * p.top_k) ? p.source[row] / p.top_k : p.tokens;
+  };
+  // Rows by token, those of none at the end; of token t, rows_by_token[first[t]] to [first[t + 1]].
+  int32_t* rows_by_token = static_cast<int32_t*>(scratch((p.rows + p.tokens + 3) * sizeof(int32_t)));
+  int32_t* first = rows_by_token + p.rows;
+  std::memset(first, 0, (p.tokens + 3) * sizeof(int32_t));
+  for (int64_t row = 0; row < p.rows; ++row) ++first[token_of(row) + 2];
+  for (int64_t token = 0; token < p.tokens; ++token) first[token + 2] += first[token + 1];
+  for (int64_t row = 0; row < p.rows; ++row) rows_by_token[first[token_of(row) + 1]++] = int32_t(row);
+  auto row_at = [&](int64_t i) { return static_cast<char*>(p.out) + rows_by_token[i] * row_bytes; };
+  threads.for_each_chunk(p.tokens, p.top_k * row_bytes, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      const char* x = static_cast<const char*>(p.x) + token * row_bytes;
+      for (int64_t i = first[token]; i < first[token + 1]; ++i) stream(row_at(i), x, row_bytes);
+    }
+    end_of_stream();
+  });
+  threads.for_each_chunk(p.rows - first[p.tokens], row_bytes, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) std::memset(row_at(first[p.tokens] + i), 0, row_bytes);
+  });
+}
+
 // Whether the row of an assignment is where `slots` says.
 bool is_told(const GatherQuantizeRowsParams& p, int64_t assignment) {
   int32_t row = p.slots[assignment];
@@ -237,6 +265,7 @@ void assign_slots(const AssignSlotsParams& p, const Threads&) {
 void gather_rows(const GatherRowsParams& p, const Threads& threads) {
   int64_t row_bytes = p.hidden * p.element_size;
   prefer_large_pages(p.out, p.rows * row_bytes);
+  if (!p.weights && p.rows * row_bytes > kCachedBytes) return gather_by_token(p, threads);
   threads.for_each_chunk(p.rows, row_bytes, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       char* out = static_cast<char*>(p.out) + row * row_bytes;
@@ -287,6 +316,7 @@ void gather_quantize_rows(const GatherQuantizeRowsParams& p, const Threads& thre
 }
 
 void sum_rows(const SumRowsParams& p, const Threads& threads) {
+  prefer_large_pages(p.out, p.tokens * p.hidden * size_of(p.out_type));
   with_type(p.type, [&](auto type) {
     with_type(p.out_type, [&](auto out_type) {
       with_type(p.bias_type, [&](auto bias_type) {

@@ -158,6 +158,7 @@ void swiglu_quantize_row(const SwigluQuantizeParams& p, int64_t row) {
 }  // namespace
 
 void quantize(const QuantizeParams& p, const Threads& threads) {
+  prefer_large_pages(p.values, p.batch * p.m * p.k);
   int64_t tasks = p.k == 0 ? 0 : p.batch * ((p.m + p.block_m - 1) / p.block_m);
   with_float_type(p.x_type, [&](auto type) {
     threads.for_each_chunk(tasks, p.block_m * p.k * 4, [&](int64_t begin, int64_t end) {
@@ -179,6 +180,7 @@ void quantize_along_tokens(const QuantizeAlongTokensParams& p, const Threads& th
 }
 
 void swiglu_quantize(const SwigluQuantizeParams& p, const Threads& threads) {
+  prefer_large_pages(p.values, p.rows * p.width);
   with_float_type(p.type, [&](auto type) {
     threads.for_each_chunk(p.width == 0 ? 0 : p.rows, p.width * 8, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) swiglu_quantize_row<decltype(type)>(p, row);

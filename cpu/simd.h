@@ -331,6 +331,26 @@ JAXKERN_INLINE void store_lanes(T* p, f32v x, int64_t lanes) {
   lanes >= kLanes ? store(p, x) : store_first(p, x, lanes);
 }
 
+// ---- past the caches: for what they would not hold until it is read ----
+
+JAXKERN_INLINE void stream(char* to, const char* from, int64_t bytes) {
+#if defined(JAXKERN_LEVEL_avx512) || defined(JAXKERN_LEVEL_avx2)
+  if ((reinterpret_cast<uintptr_t>(to) | bytes) % sizeof(__m256i) == 0) {
+    for (int64_t i = 0; i < bytes; i += sizeof(__m256i))
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), load_raw<__m256i>(from + i));
+    return;
+  }
+#endif
+  std::memcpy(to, from, bytes);
+}
+
+// Before another thread may read what this one streamed.
+JAXKERN_INLINE void end_of_stream() {
+#if defined(JAXKERN_LEVEL_avx512) || defined(JAXKERN_LEVEL_avx2)
+  _mm_sfence();
+#endif
+}
+
 // ---- a square of registers, transposed: row i, lane j <-> row j, lane i ----
 
 template <int kStep, int... kLane>

@@ -314,3 +314,15 @@ def test_copies_are_of_bits():
             )
         )(bits.view(jnp.bfloat16))
         np.testing.assert_array_equal(np.asarray(received).view(np.uint16), bits[np.asarray(handle.source)])
+
+
+@pytest.mark.parametrize("hidden, dtype", [(2048, jnp.float32), (4099, jnp.bfloat16)])
+def test_more_rows_than_caches_hold(hidden, dtype):
+    """Which go past them on the CPU, where they are aligned; with rows of no token between and after the groups."""
+    ids, weights = random_routing(1100, 8, 4)
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1100, hidden)), dtype)
+    received, handle = jaxkern.dispatch(x, ids, weights, num_experts=8, expert_alignment=64)
+    source = np.asarray(handle.source)
+    assert received.nbytes > 2**25 and (source[: sum(handle.group_sizes)] < 0).any()
+    expected = np.where(source[:, None] < 0, 0, np.asarray(x)[source // 4])
+    np.testing.assert_array_equal(received, expected)
