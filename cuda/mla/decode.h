@@ -42,7 +42,8 @@ struct MlaDecodeKernel {
   static constexpr int width_tiles = mla_width / 64, latent_tiles = mla_latent / 64, stages = 2;
   static constexpr int kept_tiles = is_packed ? 0 : 3;  // of q, in registers, where there are enough
   static constexpr int math_threads = 2 * warpgroup_size, threads = math_threads + warpgroup_size;
-  static constexpr int registers = 168;
+  static constexpr int registers = 168, copy_registers = is_packed ? 136 : 40, math_registers = is_packed ? 184 : 232;
+  static_assert(copy_registers + 2 * math_registers <= 3 * registers);  // a block has no others
   static constexpr int tile_bytes = 64 * 128, half_keys = key_block / 2;
   static constexpr int columns = mla_latent / 2;  // of the result, for each warpgroup
   // What the exponents of a row's weights are counted from stays the same until a logit is more than this above it;
@@ -78,14 +79,14 @@ struct MlaDecodeKernel {
     }
     bar_sync(0, threads);
     if (warp >= math_threads / warp_size) {
-      setmaxnreg_dec<is_packed ? 144 : 40>();
+      setmaxnreg_dec<copy_registers>();
       if constexpr (is_packed)
         unpack(p, s, warp % 4);
       else if (warp == math_threads / warp_size && elect())
         produce(p, s);
       syncwarp();
     } else {
-      setmaxnreg_inc<is_packed ? 184 : 232>();
+      setmaxnreg_inc<math_registers>();
       attend(p, s, warp / 4);
     }
   }

@@ -186,7 +186,6 @@ void Machine::make_block(int index, int rank) {
   block->reads.assign(bytes / 16 * warps_, 0);
   block->small_reads.resize(bytes / page_bytes + 1);
   block->warpgroups.resize((kernel_.threads + 127) / 128);
-  block->free_registers = 65536 - kernel_.registers * kernel_.threads;
   for (int i = 0; i < kernel_.threads; ++i) {
     if (i % lanes == 0) {
       auto warp = std::make_unique<Warp>();

@@ -187,7 +187,7 @@ struct Block {
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<std::unique_ptr<Warp>> warps;
   std::vector<Warpgroup> warpgroups;
-  int free_registers = 0;
+  int free_registers = 0;  // given back by its warps: a block has no others, though the SM may (cutlass issue 2007)
   double copy_engine_free = 0;
   std::array<double, 4> tensor_core_free{};
 };
