@@ -8,8 +8,8 @@
 #include "cpu/simd.h"
 
 // How a product runs. Every op is a list of products out = a b^T, cut into segments of at most kMaxRows rows of a. A
-// chunk of segments runs in two phases: first all of its a is packed as float32, then tasks of some rows of b each
-// make their columns of the result.
+// chunk of segments runs in two phases: first all of its a is packed, then tasks of some rows of b each make their
+// columns of the result.
 //
 // A segment of few rows (kDotRows) is bound by memory or by the conversion of b: b is read once, a span of k at a time
 // of kDotColumns rows, and converted in registers, each of which is multiplied with kDotBlock rows of a (`dot`). FP8
@@ -17,14 +17,14 @@
 // operands swapped, as out^T = b a^T: the rows of a lie along the lanes, so that a is what must be transposed, once,
 // while b, of which there is more, is only converted, and each element of it is broadcast (`outer`).
 //
-// On Level::bf16 and Level::amx, products of bfloat16 and FP8 of more than a few rows run on pairs of bfloat16
-// (`pairs`), swapped in the same way.
+// On Level::bf16 and Level::amx, products of bfloat16 and FP8 run on pairs of bfloat16: of more than a few rows swapped
+// in the same way (`pairs`), of fewer as dot products.
 //
 // A dot product sums, in each lane of some registers, every so many-th product of 128 of k, adds these registers up,
 // scales them, adds that to those of the blocks before, and at last adds the lanes up in pairs. The outer form sums
 // each element of the result over 256 of k in order, from what the blocks before came to. The order depends on k and on
-// the number of rows alone, so results do not depend on the number of threads; the second form's on k alone, so where
-// they must not depend on the number of rows either (is_batch_invariant), every segment has it.
+// the number of rows alone, so results do not depend on the number of threads; the swapped forms' on k alone, so where
+// they must not depend on the number of rows either (is_batch_invariant), every segment has one of them.
 
 namespace jaxkern::cpu::JAXKERN_LEVEL {
 namespace {

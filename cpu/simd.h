@@ -226,8 +226,8 @@ JAXKERN_INLINE void load_quad(const e4m3* p, f32v (&x)[kQuad], Codes& codes) {
 }
 class KeepDenormals {
  public:
-  KeepDenormals() { _mm_setcsr(before_ & ~kDenormalsAreZero); }
-  ~KeepDenormals() { _mm_setcsr(before_); }
+  JAXKERN_INLINE KeepDenormals() { _mm_setcsr(before_ & ~kDenormalsAreZero); }
+  JAXKERN_INLINE ~KeepDenormals() { _mm_setcsr(before_); }
 
  private:
   static constexpr unsigned kDenormalsAreZero = 0x40;
@@ -331,7 +331,7 @@ JAXKERN_INLINE void store_lanes(T* p, f32v x, int64_t lanes) {
   lanes >= kLanes ? store(p, x) : store_first(p, x, lanes);
 }
 
-// ---- past the caches: for what they would not hold until it is read ----
+// ---- past the caches, if aligned: for what they would not hold until it is read ----
 
 JAXKERN_INLINE void stream(char* to, const char* from, int64_t bytes) {
 #if defined(JAXKERN_LEVEL_avx512) || defined(JAXKERN_LEVEL_avx2)

@@ -2,8 +2,8 @@
 
     python examples/finetune.py out/shakespeare/tragedies examples/data/sonnets.txt out/tuned --steps 50
 
-Trains every parameter with AdamW; FP8 weights are dequantised first, and with --fp8 every product still runs in FP8.
-Text goes through the folder's tokenizer as in generate.py.
+Trains every parameter with AdamW; FP8 weights are dequantised first, and with --fp8 linear layers still multiply in
+FP8. Text goes through the folder's tokenizer as in generate.py.
 """
 
 import argparse

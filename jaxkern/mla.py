@@ -56,7 +56,7 @@ def mla_decode(
     Implementations: cpu, xla; cuda and sim for d 576 and latent_dim 512, of bfloat16 or float16 q and cache with pages
         of whole 16s of rows, and of a bfloat16 q with packed pages of any size. There a NaN in a key that only some
         queries of a request see may reach the others.
-    Errors: TypeError for a dtype, ValueError for a shape, a latent_dim beyond d or num_splits below 1.
+    Errors: TypeError for a dtype, ValueError for a shape, a latent_dim beyond d or num_splits outside 1..1024.
     Source: DeepSeek-V2 report, section 2.1; FlashMLA.
     """
     sizes = Sizes("mla_decode")

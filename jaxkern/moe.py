@@ -55,8 +55,8 @@ def route(
     Sharding: shard_map over tokens.
     Gradient: of the weights, to the logits. The choice and the bias have none: the bias is moved by the load.
     Implementations: cpu, xla, cuda, sim; the latter two take at most 1024 experts in 256 groups.
-    Errors: TypeError for a dtype, ValueError for a shape, groups that do not divide the experts, or top_k experts that
-        topk_groups groups do not hold.
+    Errors: TypeError for a dtype, ValueError for a shape, groups that do not divide the experts, or a top_k above 64
+        or above what topk_groups groups hold.
     Source: DeepSeek-V3 report, section 2.1.2, equations 12 to 16.
     """
     sizes = Sizes("route")
@@ -66,7 +66,8 @@ def route(
     sizes.require(num_groups >= 1 and experts % num_groups == 0, f"num_groups={num_groups} must divide e={experts}")
     sizes.require(1 <= topk_groups <= num_groups, f"topk_groups={topk_groups} must be in 1..num_groups={num_groups}")
     limit = min(topk_groups * (experts // num_groups), MAX_TOP_K)
-    sizes.require(1 <= top_k <= limit, f"top_k={top_k} must be in 1..{limit}, what {topk_groups} groups hold")
+    held = f"what {topk_groups} groups hold, at most {MAX_TOP_K}"
+    sizes.require(1 <= top_k <= limit, f"top_k={top_k} must be in 1..{limit}, {held}")
     logits, bias = _ffi.align(logits, bias)
     scores = jax.nn.sigmoid(logits)
     (expert_ids,) = _ffi.call(
@@ -201,8 +202,9 @@ def dispatch(
     Gradient: to x, where it is not quantised, and, through the handle, to the weights; the gradient of dispatch is an
         unweighted combine.
     Implementations: cpu, xla, cuda, sim; the latter two take at most 1024 experts of one device.
-    Errors: TypeError for a dtype, ValueError for a shape, ranks that do not divide the experts, an unknown name, or a
-        capacity that the layout or the transport has no use for; NotImplementedError for "ragged" on a CPU.
+    Errors: TypeError for a dtype, ValueError for a shape, more than 64 choices, ranks that do not divide the experts,
+        an unknown name, or a capacity that the layout or the transport has no use for; NotImplementedError for "ragged"
+        on a CPU.
     Source: DeepSeek-V3 report, section 3.2; DeepEP's `dispatch`, plain, expanded and low-latency.
     """
     sizes = Sizes("dispatch")

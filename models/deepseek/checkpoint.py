@@ -47,7 +47,7 @@ def from_pretrained(path, *, mesh=None, dtype=None, quantized: bool = True) -> D
     Errors: FileNotFoundError without a checkpoint; ValueError naming the tensor that is missing, unexpected, or of the
         wrong shape or dtype, or naming the config key that is not supported.
     Source: the layout of the DeepSeek-V3 release. The tensors of multi-token-prediction layers are kept in host memory
-        as they are, for `save_pretrained`.
+        as they are (dequantised with quantized=False), for `save_pretrained`.
     """
     path = pathlib.Path(path)
     config = Config.from_hf(path)
