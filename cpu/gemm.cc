@@ -342,7 +342,7 @@ template <typename A>
 void pack_dot_rows(const Segment& s, int64_t k0, int64_t k1, float* to, float* a_scales) {
   bool is_quad = s.b.type == DType::e4m3;
   float unit = is_quad ? quad_unit<e4m3> : 1.0f;
-  int64_t top = kTopExponent + 127 - (bit_cast<uint32_t>(unit) >> 23);
+  int64_t top = kTopExponent + 127 - (bit_cast<uint32_t>(unit) >> 23);  // that the unit may multiply
   for (int64_t i = k0; i < k1; i += kScaleBlock)
     for (int64_t r = 0; r < s.m; ++r) {
       float row[kScaleBlock] = {};

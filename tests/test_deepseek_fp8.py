@@ -236,13 +236,13 @@ def test_small_gradients_are_not_lost():
     ],
 )
 def test_one_step_on_any_mesh(reference, on, options):
-    """The same blocks make the same step. Weight gradients round blocks of the tokens that meet in one part on one
-    device; and the forward pass, though it rounds token by token, sums in an order that depends on how many rows there
-    are, so that a value at a rounding boundary may fall on its other side, by 1/16 of itself."""
+    """The forward pass rounds token by token, the same anywhere: each device has tokens enough for its products to sum
+    in the order of many rows. Weight gradients round blocks of the tokens that meet in one part on one device, so that
+    they differ by the rounding."""
     got, metrics = gradients_of(fp8_model(on()), **options)
     same_blocks = "microbatches" not in options and on() is None or (on() and on().size == 1)
-    np.testing.assert_allclose(metrics["loss"], reference[1]["loss"], rtol=1e-5 if same_blocks else 1e-3)
-    np.testing.assert_allclose(metrics["expert_load"], reference[1]["expert_load"], atol=0 if same_blocks else 2)
+    np.testing.assert_allclose(metrics["loss"], reference[1]["loss"], rtol=1e-5)
+    np.testing.assert_array_equal(metrics["expert_load"], reference[1]["expert_load"])
     for name, x in reference[0].items():
         assert relative(got[name], x) < (1e-5 if same_blocks else 0.1), name
 
