@@ -287,7 +287,7 @@ def _hopper_workspaces(q, *_, num_splits, **__):
     b, s, h, _ = q.shape
     groups = -(-(s * h) // 64)
     slots = b * groups * num_splits if num_splits else b * groups + max(groups, 160)
-    return [((b + 1,), jnp.int32), ((slots, 64, 512), jnp.float32), ((slots, 64), jnp.float32)]
+    return [((b + 1 + 160 + 2,), jnp.int32), ((slots, 64, 512), jnp.float32), ((slots, 64), jnp.float32)]
 
 
 MLA_DECODE = _ffi.Op(

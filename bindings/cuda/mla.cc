@@ -41,7 +41,7 @@ ffi::Error mla_decode(cuda::Stream stream, Buffer q, Buffer cache, Buffer block_
   check.dtype("out", *out, {q.element_type()});
   check.shape("lse", *lse, {batch, queries, heads});
   check.dtype("lse", *lse, {F32});
-  check.shape("schedule", *schedule, {batch + 1});
+  check.shape("schedule", *schedule, {cuda::mla_schedule(batch)});
   check.dtype("schedule", *schedule, {S32});
   check.shape("partial_out", *partial_out, {slots, cuda::mla_rows, cuda::mla_latent});
   check.dtype("partial_out", *partial_out, {F32});

@@ -1,13 +1,13 @@
 // 64 query rows against blocks of 64 keys, two blocks in shared memory, each as nine tiles of 64 keys x 64 numbers; the
 // first eight are the values as well.
 //
-//   warpgroups 0, 1   attend: of the logits [64 rows][64 keys] each computes the half of its keys, of the result
-//                     [64 rows][512] the half of its columns
+//   warpgroups 0, 1   attend: each computes the logits [64 rows][64 keys] and weights of every other block of keys, and
+//                     half of the columns of the result [64 rows][512]
 //   warpgroup 2       warp 8 has the copy engine bring queries and keys; of packed keys all four warps load the next
 //                     block's bytes into registers, and store the bfloat16 that those of this one stand for
 //
-// The halves of the weights, and the largest logit of each row, meet in shared memory. After FlashMLA's two warpgroups
-// that share one 64 x 512 result, with one block of keys at a time in place of its pairs.
+// Weights, and what their exponents are counted from, meet in shared memory. After FlashMLA's two warpgroups that share
+// one 64 x 512 result, with a chain of blocks of keys in place of its pairs.
 #pragma once
 
 #include <type_traits>
@@ -24,10 +24,10 @@ using NumberOf = std::conditional_t<std::is_same_v<Format, Packed>, bfloat16, Fo
 template <typename Format>
 struct MlaParams {
   TensorMap q, cache;            // [batch * rows, 576], [pages * page, 576]
+  TensorMap out, partial_out;    // [batch, rows, 512], [slots * 64, 512]
   Global<const uint8_t> packed;  // the cache, if it is: [pages * page, 656]
   Global<const int32_t> block_table;
-  Global<NumberOf<Format>> out;
-  Global<float> lse, partial_out, partial_lse;
+  Global<float> lse, partial_lse;
   MlaSizes sizes;
   int heads, queries, pages, page, table_pages;
   int box_rows;  // keys that one copy brings: a part of one page
@@ -40,9 +40,12 @@ struct MlaDecodeKernel {
   using Number = NumberOf<Format>;
   static constexpr bool is_packed = std::is_same_v<Format, Packed>;
   static constexpr int width_tiles = mla_width / 64, latent_tiles = mla_latent / 64, stages = 2;
-  static constexpr int kept_tiles = is_packed ? 0 : 3;  // of q, in registers, where there are enough
+  static constexpr int kept_tiles = is_packed ? 0 : 1;  // of q, in registers, where there are enough
+  // Parts of a stage, for each of which a barrier says that it is full, and one that it is empty: the columns of the
+  // latent that warpgroup 0 or 1 has in its half of the result, and the RoPE.
+  static constexpr int parts = 3, rope = 2;
   static constexpr int math_threads = 2 * warpgroup_size, threads = math_threads + warpgroup_size;
-  static constexpr int registers = 168, copy_registers = is_packed ? 136 : 40, math_registers = is_packed ? 184 : 232;
+  static constexpr int registers = 168, copy_registers = is_packed ? 88 : 40, math_registers = is_packed ? 208 : 232;
   static_assert(copy_registers + 2 * math_registers <= 3 * registers);  // a block has no others
   static constexpr int tile_bytes = 64 * 128, half_keys = key_block / 2;
   static constexpr int columns = mla_latent / 2;  // of the result, for each warpgroup
@@ -61,7 +64,7 @@ struct MlaDecodeKernel {
     Tile<tile_bytes> weights;                                // [64 rows][64 keys]
     Shared<float> largest[2][mla_rows], total[2][mla_rows];  // of each warpgroup's keys
     Shared<uint32_t> exists[stages][2];                      // a bit a key
-    Barrier full[stages], empty[stages], q_full, q_empty;
+    Barrier full[stages][parts], empty[stages][parts], q_full, q_empty;
   };
 
   DEVICE static void run(const Params& p, Smem& s) {
@@ -69,9 +72,9 @@ struct MlaDecodeKernel {
     if (warp == 0 && elect()) {
       prefetch_tensormap(p.q);
       if constexpr (!is_packed) prefetch_tensormap(p.cache);
-      for (int i = 0; i < stages; ++i) {
-        mbarrier_init(s.full[i], is_packed ? warpgroup_size / warp_size : 1);
-        mbarrier_init(s.empty[i], math_threads / warp_size);
+      for (int i = 0; i < stages * parts; ++i) {
+        mbarrier_init(s.full[i / parts][i % parts], is_packed ? warpgroup_size / warp_size : 1);
+        mbarrier_init(s.empty[i / parts][i % parts], warpgroup_size / warp_size);
       }
       mbarrier_init(s.q_full, 1);
       mbarrier_init(s.q_empty, math_threads / warp_size);
@@ -101,6 +104,9 @@ struct MlaDecodeKernel {
     }
   };
 
+  // A piece without keys has a block in which there are none: then every piece has one.
+  DEVICE static int end_of(const Piece& piece) { return piece.first == piece.last ? piece.first + 1 : piece.last; }
+
   // ---- copies ----
 
   DEVICE static void produce(const Params& p, Smem& s) {
@@ -109,7 +115,7 @@ struct MlaDecodeKernel {
     Stage at;
     for (uint32_t q_phase = 0; walk.next(piece); q_phase ^= 1) {
       copy_queries(p, s, piece.request * p.sizes.rows + piece.group * mla_rows, q_phase);
-      for (int block = piece.first; block < piece.last; ++block, at.advance()) {
+      for (int block = piece.first; block < end_of(piece); ++block, at.advance()) {
         // Where its keys lie, found before the stage is free.
         int rows[key_block / 16];
         uint32_t exists[2] = {0, 0};
@@ -126,16 +132,22 @@ struct MlaDecodeKernel {
           exists[0] |= static_cast<uint32_t>(bits);
           exists[1] |= static_cast<uint32_t>(bits >> 32);
         }
-        mbarrier_wait(s.empty[at.index], at.phase ^ 1);
-        store(s.exists[at.index][0], exists[0]);
-        store(s.exists[at.index][1], exists[1]);
-        mbarrier_arrive_expect_tx(s.full[at.index], width_tiles * tile_bytes);
+        // The RoPE is free first, when there are logits.
+        for (int j = 0; j < parts; ++j) {
+          int part = j == 0 ? rope : j - 1, first = part * 4, last = j == 0 ? width_tiles : first + 4;
+          mbarrier_wait(s.empty[at.index][part], at.phase ^ 1);
+          if (j == 0) {
+            store(s.exists[at.index][0], exists[0]);
+            store(s.exists[at.index][1], exists[1]);
+          }
+          mbarrier_arrive_expect_tx(s.full[at.index][part], (last - first) * tile_bytes);
+          for (int tile = first; tile < last; ++tile)
 #pragma unroll
-        for (int i = 0; i < key_block / 16; ++i) {
-          if (i * p.box_rows >= key_block) break;
-          for (int tile = 0; tile < width_tiles; ++tile)
-            cp_async_bulk_tensor<2>(s.keys[at.index][tile].data + i * p.box_rows * 128, p.cache, {tile * 64, rows[i]},
-                                    s.full[at.index]);
+            for (int i = 0; i < key_block / 16; ++i) {
+              if (i * p.box_rows >= key_block) break;
+              cp_async_bulk_tensor<2>(s.keys[at.index][tile].data + i * p.box_rows * 128, p.cache, {tile * 64, rows[i]},
+                                      s.full[at.index][part]);
+            }
         }
       }
     }
@@ -156,14 +168,15 @@ struct MlaDecodeKernel {
 
   using Words = Pack<uint32_t, 4>;
 
-  // The bytes of the next block are loaded when all of this one's are unpacked, not as their registers become free:
-  // finding the block needs some of these, and ptxas would make an unpacking wait for loads of the next block that
-  // share a scoreboard with its own. They are in flight while this waits for a stage, for longer than they take.
+  // The bytes of a half are loaded when all of the half before are unpacked, not as their registers become free:
+  // finding a block needs some of these, and ptxas would make an unpacking wait for loads of the next half that share a
+  // scoreboard with its own. Those of a block's first half are in flight while this waits for a stage, for longer than
+  // they take.
   DEVICE static void unpack(const Params& p, Smem& s, int warp) {
     PackedBlocks blocks(p);
-    PackedKeys keys[2];  // of each half
+    PackedKeys keys;
     int slot = blocks.advance(p, warp);
-    load_packed(p, slot, keys);
+    load_packed(p, slot, 0, keys);
     Stage at;
     for (uint32_t q_phase = 0; blocks.any; at.advance()) {
       if (blocks.first_row >= 0) {
@@ -171,25 +184,26 @@ struct MlaDecodeKernel {
         syncwarp();
         q_phase ^= 1;
       }
-      mbarrier_wait(s.empty[at.index], at.phase ^ 1);
+      for (int part = 0; part < parts; ++part) mbarrier_wait(s.empty[at.index][part], at.phase ^ 1);
       int lane = lane_index();
       uint32_t tiles = shared_address(&s.keys[at.index]) + warp * 8 * 128;
       uint32_t exists = ballot(shfl(slot, lane_of(lane / 8 % 2, lane % 8 / 2, lane % 2)) >= 0);  // in the keys' order
+      copy_rope(p, tiles, slot, 0);
+      copy_rope(p, tiles + half_keys * 128, slot, 1);
+      cp_async_commit_group();
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         uint8_t eight = exists >> half * 8;
         if (lane == 0) store_shared(shared_address(&s.exists[at.index][half]) + warp, eight);
-        copy_rope(p, tiles + half * half_keys * 128, slot, half);
-        if (eight != 0xff) clear(eight, keys[half]);
+        if (half == 1) load_packed(p, slot, 1, keys);
+        if (eight != 0xff) clear(eight, keys);
+        store_latent(tiles + half * half_keys * 128, keys);
       }
-      cp_async_commit_group();
-#pragma unroll
-      for (int half = 0; half < 2; ++half) store_latent(tiles + half * half_keys * 128, keys[half]);
       cp_async_wait_group<0>();
       fence_proxy_async();
-      release(s.full[at.index]);
+      release(s.full[at.index][0]);
       slot = blocks.advance(p, warp);
-      load_packed(p, slot, keys);
+      load_packed(p, slot, 0, keys);
     }
   }
 
@@ -232,22 +246,19 @@ struct MlaDecodeKernel {
   };
 
   // For a key that is none, the first row.
-  DEVICE static void load_packed(const Params& p, int slot, PackedKeys (&keys)[2]) {
+  DEVICE static void load_packed(const Params& p, int slot, int half, PackedKeys& keys) {
     slot = slot < 0 ? 0 : slot;
     int lane = lane_index();
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int i = 0; i < 4; ++i) {
+      int row = shfl_within<0b00100>(slot, lane_of(half, i, 0));
+      int64_t from = int64_t(row) * mla_packed_bytes + (lane / 8 * 4 + lane % 4) * 16;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        int row = shfl_within<0b00100>(slot, lane_of(half, i, 0));
-        int64_t from = int64_t(row) * mla_packed_bytes + (lane / 8 * 4 + lane % 4) * 16;
-#pragma unroll
-        for (int j = 0; j < 2; ++j) keys[half].latent[i][j] = load_global<Words>(p.packed, from + j * 256);
-      }
-      int row = shfl(slot, lane_of(half, lane % 4, lane / 4 % 2));
-      int64_t from = int64_t(row) * mla_packed_bytes + mla_latent + (lane / 8 % 2 * 2 + lane / 16) * 4;
-      keys[half].scale = load_global<float>(p.packed, from);
+      for (int j = 0; j < 2; ++j) keys.latent[i][j] = load_global<Words>(p.packed, from + j * 256);
     }
+    int row = shfl(slot, lane_of(half, lane % 4, lane / 4 % 2));
+    int64_t from = int64_t(row) * mla_packed_bytes + mla_latent + (lane / 8 % 2 * 2 + lane / 16) * 4;
+    keys.scale = load_global<float>(p.packed, from);
   }
 
   // Keys that are none; `exists` has a bit a key.
@@ -298,11 +309,6 @@ struct MlaDecodeKernel {
 
   // ---- attention ----
 
-  // Of packed pages a piece without keys has a block in which there are none: then every piece begins with one.
-  DEVICE static int end_of(const Piece& piece) {
-    return is_packed && piece.first == piece.last ? piece.first + 1 : piece.last;
-  }
-
   DEVICE static float max_of_quad(float x) {
     x = fmaxf(x, shfl_xor(x, 1));
     return fmaxf(x, shfl_xor(x, 2));
@@ -317,210 +323,327 @@ struct MlaDecodeKernel {
     if (lane_index() == 0) mbarrier_arrive(barrier);
   }
 
-  DEVICE static void attend(const Params& p, Smem& s, int half) {
-    constexpr float minus_infinity = -__builtin_inff();
-    MlaWalk walk(p.sizes);
-    Piece piece;
-    Stage at;
-    for (uint32_t q_phase = 0; walk.next(piece); q_phase ^= 1) {
-      float result[columns / 2], total[2] = {0, 0};
-      float largest[2];  // but for the headroom
-      int limit[2];      // the keys of a row are the tokens below
-#pragma unroll
-      for (int i = 0; i < columns / 2; ++i) result[i] = 0;
+  // Two rows of a thread, eight apart.
+  struct Rows {
+    // What the exponents of the weights are counted from: the largest logit, but for the headroom.
+    float largest[2] = {-__builtin_inff(), -__builtin_inff()};
+    float total[2] = {0, 0};  // of this warpgroup's blocks
+    float factor[2];          // what was summed so far is to be multiplied by
+    int limit[2];             // the keys of a row are the tokens below
+
+    DEVICE Rows(const Params& p, const Piece& piece) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        largest[j] = minus_infinity;
         int query = (piece.group * mla_rows + fragment_row(2 * j)) / p.heads;
         limit[j] = p.causal ? piece.length - (p.queries - 1 - query) : piece.length;
       }
-      mbarrier_wait(s.q_full, q_phase);
-      Queries q;
-      keep_queries(s, q);
-      float logits[half_keys / 2];
-      int end = end_of(piece);
-      if (piece.first < end) {
-        mbarrier_wait(s.full[at.index], at.phase);
-        multiply_queries(s, at.index, half, q, logits);
-        wgmma_wait_group<0>(logits);
-      }
-      for (int block = piece.first; block < end; ++block) {
-        uint32_t exists = load(s.exists[at.index][half]), other = load(s.exists[at.index][1 - half]);
-        float most[2] = {minus_infinity, minus_infinity};
-#pragma unroll
-        for (int i = 0; i < half_keys / 2; ++i) {
-          int key = fragment_column(i), j = i / 2 % 2;
-          bool counts = exists >> key & 1 && block * key_block + half * half_keys + key < limit[j];
-          logits[i] = counts ? logits[i] * p.scale_log2 : minus_infinity;
-          most[j] = fmaxf(most[j], logits[i]);
-        }
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          most[j] = max_of_quad(most[j]);
-          if (lane_index() % 4 == 0) store(s.largest[half][fragment_row(2 * j)], most[j]);
-        }
-        bar_sync(1, math_threads);
-        float base[2], shrink[2];
-        bool grown = false;
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          most[j] = fmaxf(most[j], load(s.largest[1 - half][fragment_row(2 * j)]));
-          bool grows = most[j] > largest[j] + headroom;
-          float next = grows ? most[j] : largest[j];
-          base[j] = next == minus_infinity ? 0 : next;
-          shrink[j] = grows ? ex2(largest[j] - base[j]) : 1;
-          largest[j] = next;
-          total[j] *= shrink[j];
-          if constexpr (weight_exponent != 0) base[j] -= weight_exponent;
-          grown |= grows;
-        }
-#pragma unroll
-        for (int i = 0; i < half_keys / 2; ++i) {
-          logits[i] = ex2(logits[i] - base[i / 2 % 2]);
-          total[i / 2 % 2] += logits[i];
-        }
-        if (!is_packed && (exists & other) != 0xffffffff) clear_values(s, at.index, half, exists, other);
-        stage_weights(s, half, logits);
-        fence_proxy_async();
-        if (ballot(grown)) {
-#pragma unroll
-          for (int i = 0; i < columns / 2; ++i) result[i] *= shrink[i / 2 % 2];
-        }
-        bar_sync(2, math_threads);
-        add_values(s, at.index, half, result);
-        Barrier& empty = s.empty[at.index];
-        at.advance();
-        if (block + 1 < end) {  // the tensor cores go on with the next block at once
-          mbarrier_wait(s.full[at.index], at.phase);
-          multiply_queries(s, at.index, half, q, logits);
-          wgmma_wait_group<1>(result);
-          release(empty);
-          wgmma_wait_group<0>(logits);
-        } else {
-          wgmma_wait_group<0>(result);
-          release(empty);
-        }
-      }
-      release(s.q_empty);
-      finish(p, s, piece, half, result, largest, total);
     }
-  }
 
-  // The first tiles of q, as A in registers: a product of 32 keys would read more of q from shared memory than the
-  // tensor cores have time for, the more so as both warpgroups read all of it.
+    // Exponents are counted from `next` on; true if they were not.
+    DEVICE bool count_from(int j, float next) {
+      bool grows = next != largest[j];
+      factor[j] = grows ? ex2(largest[j] - next) : 1;
+      largest[j] = next;
+      total[j] *= factor[j];
+      return grows;
+    }
+  };
+
+  // The tile of q that is multiplied first, as A in registers: a product of 64 keys has just the time to read both of
+  // its operands from shared memory, and others read there too.
   struct Queries {
     uint32_t fragment[kept_tiles * 4 + (kept_tiles == 0)][4];
   };
+
+  // Every block of keys is one warpgroup's, by turns, which also is its stage: that one computes its logits and
+  // weights. While it does, the tensor cores add the values of the block before, and compute the logits of the block
+  // after.
+  DEVICE static void attend(const Params& p, Smem& s, int half) {
+    MlaWalk walk(p.sizes);
+    Piece piece;
+    uint32_t phase = 0;  // of this warpgroup's stage
+    int stage = 0;       // of the piece's first block
+    for (uint32_t q_phase = 0; walk.next(piece); q_phase ^= 1) {
+      float result[columns / 2];
+      Rows rows(p, piece);
+#pragma unroll
+      for (int i = 0; i < columns / 2; ++i) result[i] = 0;
+      mbarrier_wait(s.q_full, q_phase);
+      Queries q;
+      keep_queries(s, q);
+      int end = end_of(piece), own = piece.first + (stage != half);
+      if (own == piece.first) {
+        attend_block<false>(p, s, half, phase, own, q, rows, result);
+        own += 2;
+      }
+      for (; own < end; own += 2) {
+        if (own > piece.first + 1) release(s.empty[half][half]);
+        attend_block<true>(p, s, half, phase, own, q, rows, result);
+      }
+      if (own == end) {
+        if (own > piece.first + 1) release(s.empty[half][half]);
+        add_other_values(s, half, rows, result);
+        wgmma_wait_group<0>(result);
+      }
+      stage ^= (end - piece.first) % 2;
+      release(s.q_empty);
+      finish(p, s, piece, half, 1 - stage, rows, result);
+    }
+  }
+
+  // A block of this warpgroup's own; first the values of the other's before it, if there is one. Its own stay where
+  // they are.
+  template <bool follows>
+  DEVICE static void attend_block(const Params& p, Smem& s, int half, uint32_t& phase, int block, const Queries& q,
+                                  Rows& rows, float (&result)[columns / 2]) {
+    float logits[key_block / 2];
+    if constexpr (follows) add_other_values(s, half, rows, result);
+    multiply_queries(s, half, phase, q, logits);
+    phase ^= 1;
+    if constexpr (follows) {
+      wgmma_wait_group<1>(result);
+      release(s.empty[1 - half][half]);
+    }
+    wgmma_wait_group<0>(logits);
+    uint32_t exists[2] = {load(s.exists[half][0]), load(s.exists[half][1])};
+    release(s.empty[half][rope]);
+    bool grown = weigh(p, exists, block, rows, logits);
+    uint32_t weights[key_block / 16][4];
+#pragma unroll
+    for (int i = 0; i < key_block / 4; ++i) weights[i / 4][i % 4] = to_pair(logits[2 * i], logits[2 * i + 1], Number{});
+    if (!is_packed && (exists[0] & exists[1]) != 0xffffffff) clear_values(s, half, exists);
+    stage_weights(s, half, rows, weights);
+    fence_proxy_async();
+    if (half == 0)
+      bar_arrive(1, math_threads);
+    else
+      bar_arrive(2, math_threads);
+    if (ballot(grown)) shrink(rows, result);
+    add_values(s, half, half, weights, result);
+    wgmma_wait_group<0>(result);
+  }
+
+  DEVICE static void shrink(const Rows& rows, float (&result)[columns / 2]) {
+#pragma unroll
+    for (int i = 0; i < columns / 2; ++i) result[i] *= rows.factor[i / 2 % 2];
+  }
+
+  // Weights from logits; true if the result is to shrink.
+  DEVICE static bool weigh(const Params& p, const uint32_t (&exists)[2], int block, Rows& rows,
+                           float (&logits)[key_block / 2]) {
+    constexpr float minus_infinity = -__builtin_inff();
+    int least = rows.limit[0] < rows.limit[1] ? rows.limit[0] : rows.limit[1];
+    bool all = (exists[0] & exists[1]) == 0xffffffff && (block + 1) * key_block <= least;
+#pragma unroll
+    for (int i = 0; i < key_block / 2; ++i) logits[i] *= p.scale_log2;
+    if (!all) {
+#pragma unroll
+      for (int i = 0; i < key_block / 2; ++i) {
+        int key = fragment_column(i);
+        bool counts = exists[i / (key_block / 4)] >> key % 32 & 1 && block * key_block + key < rows.limit[i / 2 % 2];
+        if (!counts) logits[i] = minus_infinity;
+      }
+    }
+    float most[2] = {minus_infinity, minus_infinity}, base[2];
+    bool grown = false;
+#pragma unroll
+    for (int i = 0; i < key_block / 2; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], logits[i]);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      most[j] = max_of_quad(most[j]);
+      grown |= rows.count_from(j, most[j] > rows.largest[j] + headroom ? most[j] : rows.largest[j]);
+      base[j] = (rows.largest[j] == minus_infinity ? 0 : rows.largest[j]) - weight_exponent;
+    }
+#pragma unroll
+    for (int i = 0; i < key_block / 2; ++i) {
+      logits[i] = ex2(logits[i] - base[i / 2 % 2]);
+      rows.total[i / 2 % 2] += logits[i];
+    }
+    return grown;
+  }
 
   DEVICE static void keep_queries(Smem& s, Queries& q) {
     int lane = lane_index(), row = thread_index() % warpgroup_size / 32 * 16 + lane % 16;
 #pragma unroll
     for (int i = 0; i < kept_tiles * 4; ++i)
       ldmatrix<4, false>(q.fragment[i],
-                         shared_address(&s.q[i / 4]) + row * 128 + ((i % 4 * 2 + lane / 16) ^ row % 8) * 16);
+                         shared_address(&s.q[latent_tiles]) + row * 128 + ((i * 2 + lane / 16) ^ row % 8) * 16);
   }
 
-  // logits [64 rows][32 keys] = q keys^T, of this warpgroup's half of the keys.
-  DEVICE static void multiply_queries(Smem& s, int stage, int half, const Queries& q, float (&logits)[half_keys / 2]) {
+  // logits [64 rows][64 keys] = q keys^T, of tiles in the order in which they come. It is the same in either stage, for
+  // the same bits.
+  DEVICE static void multiply_queries(Smem& s, int stage, uint32_t phase, const Queries& q,
+                                      float (&logits)[key_block / 2]) {
+    mbarrier_wait(s.full[stage][is_packed ? 0 : rope], phase);
     wgmma_fence();
 #pragma unroll
-    for (int tile = 0; tile < width_tiles; ++tile) {
+    for (int i = 0; i < width_tiles; ++i) {
+      int tile = i == 0 ? latent_tiles : i - 1;
+      if (!is_packed && i % 4 == 1) {
+        mbarrier_wait(s.full[stage][tile / 4], phase);
+        wgmma_fence(logits);
+      }
       uint64_t a = matrix_descriptor(shared_address(&s.q[tile]), 0, 1024, Swizzle::bytes_128);
-      uint64_t b = matrix_descriptor(shared_address(s.keys[stage][tile].data + half * half_keys * 128), 0, 1024,
-                                     Swizzle::bytes_128);
+      uint64_t b = matrix_descriptor(shared_address(&s.keys[stage][tile]), 0, 1024, Swizzle::bytes_128);
 #pragma unroll
       for (int k = 0; k < 4; ++k)
-        if (tile < kept_tiles)
-          wgmma_16bit<Number, half_keys>(logits, q.fragment[tile * 4 + k], b + k * 2, tile + k > 0);
+        if (i < kept_tiles)
+          wgmma_16bit<Number, key_block>(logits, q.fragment[k], b + k * 2, i + k > 0);
         else
-          wgmma_16bit<Number, half_keys>(logits, a + k * 2, b + k * 2, tile + k > 0);
+          wgmma_16bit<Number, key_block>(logits, a + k * 2, b + k * 2, i + k > 0);
     }
     wgmma_commit_group();
   }
+
+  // Where the values of this warpgroup's half of the columns begin.
+  DEVICE static uint64_t values(Smem& s, int stage, int half) {
+    return matrix_descriptor(shared_address(&s.keys[stage][half * latent_tiles / 2]), tile_bytes, 1024,
+                             Swizzle::bytes_128);
+  }
+  static constexpr int values_step = 16 * 128 / 16;  // 16 keys, in units of a descriptor
 
   // result [64 rows][256 columns] += weights values, of this warpgroup's half of the columns.
-  DEVICE static void add_values(Smem& s, int stage, int half, float (&result)[columns / 2]) {
-    uint64_t a = matrix_descriptor(shared_address(&s.weights), 0, 1024, Swizzle::bytes_128);
-    uint64_t b = matrix_descriptor(shared_address(&s.keys[stage][half * latent_tiles / 2]), tile_bytes, 1024,
-                                   Swizzle::bytes_128);
+  DEVICE static void add_values(Smem& s, int stage, int half, const uint32_t (&weights)[key_block / 16][4],
+                                float (&result)[columns / 2]) {
+    uint64_t b = values(s, stage, half);
     wgmma_fence(result);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) wgmma_16bit<Number, columns, true>(result, a + k * 2, b + k * (16 * 128 / 16), true);
+    for (int k = 0; k < key_block / 16; ++k)
+      wgmma_16bit<Number, columns, true>(result, weights[k], b + k * values_step, true);
     wgmma_commit_group();
   }
 
-  // Rows that are no key may hold anything, and 0 * NaN is NaN: zeros in this warpgroup's columns of them. Both have
-  // computed their logits.
-  DEVICE static void clear_values(Smem& s, int stage, int half, uint32_t exists, uint32_t other) {
-    uint32_t low = half == 0 ? exists : other, high = half == 0 ? other : exists;
+  // The same of the other warpgroup's block, when it has computed the weights.
+  DEVICE static void add_other_values(Smem& s, int half, Rows& rows, float (&result)[columns / 2]) {
+    if (half == 0)
+      bar_sync(2, math_threads);
+    else
+      bar_sync(1, math_threads);
+    bool grown = false;
+#pragma unroll
+    for (int j = 0; j < 2; ++j) grown |= rows.count_from(j, load(s.largest[1 - half][fragment_row(2 * j)]));
+    if (ballot(grown)) shrink(rows, result);
+    uint64_t a = matrix_descriptor(shared_address(&s.weights), 0, 1024, Swizzle::bytes_128);
+    uint64_t b = values(s, 1 - half, half);
+    wgmma_fence(result);
+#pragma unroll
+    for (int k = 0; k < key_block / 16; ++k)
+      wgmma_16bit<Number, columns, true>(result, a + k * 2, b + k * values_step, true);
+    wgmma_commit_group();
+  }
+
+  // Rows that are no key may hold anything, and 0 * NaN is NaN: zeros as values.
+  DEVICE static void clear_values(Smem& s, int stage, const uint32_t (&exists)[2]) {
+    warpgroup_sync(stage);  // all its warps have their logits
     for (int i = thread_index() % warpgroup_size; i < key_block * 8; i += warpgroup_size) {
       int key = i / 8, chunk = i % 8;
-      if ((key < half_keys ? low : high) >> key % half_keys & 1) continue;
-      for (int tile = 0; tile < latent_tiles / 2; ++tile)
-        store_shared(shared_address(&s.keys[stage][half * latent_tiles / 2 + tile]) + key * 128 + chunk * 16,
-                     Pack<uint32_t, 4>{0, 0, 0, 0});
+      if ((key < 32 ? exists[0] : exists[1]) >> key % 32 & 1) continue;
+      for (int tile = 0; tile < latent_tiles; ++tile)
+        store_shared(shared_address(&s.keys[stage][tile]) + key * 128 + chunk * 16, Pack<uint32_t, 4>{0, 0, 0, 0});
     }
+    fence_proxy_async();
+    warpgroup_sync(stage);  // for its own product of them
   }
 
-  // This warpgroup's half of the weights, as the A of a wgmma.
-  DEVICE static void stage_weights(Smem& s, int half, const float (&weights)[half_keys / 2]) {
+  DEVICE static void warpgroup_sync(int half) {
+    if (half == 0)
+      bar_sync(4, warpgroup_size);
+    else
+      bar_sync(5, warpgroup_size);
+  }
+
+  // For the other warpgroup: weights, as the A of a wgmma, and what their exponents are counted from.
+  DEVICE static void stage_weights(Smem& s, int half, const Rows& rows, const uint32_t (&weights)[key_block / 16][4]) {
     int lane = lane_index(), row = thread_index() % warpgroup_size / 32 * 16 + lane % 16;
 #pragma unroll
-    for (int j = 0; j < half_keys / 8; j += 2) {  // two times 8 keys, two times 8 rows
-      uint32_t fragment[4];
+    for (int k = 0; k < key_block / 16; ++k)  // two times 8 keys, two times 8 rows
+      stmatrix<4, false>(shared_address(&s.weights) + row * 128 + ((2 * k + lane / 16) ^ row % 8) * 16, weights[k]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) fragment[i] = to_pair(weights[j * 4 + 2 * i], weights[j * 4 + 2 * i + 1], Number{});
-      int chunk = half * half_keys / 8 + j + lane / 16;
-      stmatrix<4, false>(shared_address(&s.weights) + row * 128 + (chunk ^ (row % 8)) * 16, fragment);
-    }
+    for (int j = 0; j < 2; ++j)
+      if (lane % 4 == 0) store(s.largest[half][fragment_row(2 * j)], rows.largest[j]);
   }
 
-  DEVICE static void finish(const Params& p, Smem& s, const Piece& piece, int half, const float (&result)[columns / 2],
-                            const float (&largest)[2], const float (&total)[2]) {
+  // The result, by way of the last block's values, whose place is freed.
+  DEVICE static void finish(const Params& p, Smem& s, const Piece& piece, int half, int stage, const Rows& rows,
+                            const float (&result)[columns / 2]) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      float sum = sum_of_quad(total[j]);
+      float sum = sum_of_quad(rows.total[j]);
       if (lane_index() % 4 == 0) store(s.total[half][fragment_row(2 * j)], sum);
     }
-    bar_sync(1, math_threads);
-    float sums[2], inverse[2];
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      sums[j] = load(s.total[0][fragment_row(2 * j)]) + load(s.total[1][fragment_row(2 * j)]);
-      inverse[j] = sums[j] == 0 ? 0 : rcp(sums[j]);
-    }
-    bar_sync(2, math_threads);  // before the next piece's
-    int first_row = piece.group * mla_rows;
-    int64_t to = piece.whole ? int64_t(piece.request) * p.sizes.rows + first_row : int64_t(piece.slot) * mla_rows;
-#pragma unroll
-    for (int i = 0; i < columns / 2; i += 2) {
-      int row = fragment_row(i), j = i / 2 % 2;
-      if (first_row + row >= p.sizes.rows) continue;
-      int64_t at = (to + row) * mla_latent + half * columns + fragment_column(i);
-      float low = result[i] * inverse[j], high = result[i + 1] * inverse[j];
-      if (piece.whole)
-        store_global(p.out, at, to_pair(low, high, Number{}));
-      else
-        store_global(p.partial_out, at, Pack<float, 2>{low, high});
-    }
+    bar_sync(3, math_threads);  // all have read the values, too
+    float inverse[2];
+    int64_t to =
+        piece.whole ? int64_t(piece.request) * p.sizes.rows + piece.group * mla_rows : int64_t(piece.slot) * mla_rows;
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       int row = fragment_row(2 * j);
-      if (half != 0 || lane_index() % 4 != 0 || first_row + row >= p.sizes.rows) continue;
-      float lse = sums[j] == 0 ? -__builtin_inff() : largest[j] + lg2(sums[j]) - weight_exponent;
+      float sum = load(s.total[0][row]) + load(s.total[1][row]);
+      inverse[j] = sum == 0 ? 0 : rcp(sum);
+      if (half != 0 || lane_index() % 4 != 0 || piece.group * mla_rows + row >= p.sizes.rows) continue;
+      float lse = sum == 0 ? -__builtin_inff() : rows.largest[j] + lg2(sum) - weight_exponent;
       if (piece.whole)
         store_global(p.lse, to + row, lse * 0.693147181f);
       else
         store_global(p.partial_lse, to + row, lse);
     }
+    bar_sync(3, math_threads);  // before the next piece's sums
+    // Of a warp, 16 rows of four tiles.
+    constexpr int tiles = latent_tiles / 2;
+    int lane = lane_index(), warp = thread_index() % warpgroup_size / warp_size, first = warp * 16;
+    uint32_t own = shared_address(&s.keys[stage][half * tiles]) + first * 128;
+    if (piece.whole) {
+#pragma unroll
+      for (int i = 0; i < columns / 16; ++i) {
+        uint32_t fragment[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          fragment[j] =
+              to_pair(result[i * 8 + 2 * j] * inverse[j % 2], result[i * 8 + 2 * j + 1] * inverse[j % 2], Number{});
+        int row = lane % 16, chunk = i % 4 * 2 + lane / 16;
+        stmatrix<4, false>(own + i / 4 * tile_bytes + row * 128 + (chunk ^ row % 8) * 16, fragment);
+      }
+      fence_proxy_async();
+      syncwarp();
+      if (elect()) {
+        for (int i = 0; i < tiles; ++i)
+          cp_async_bulk_tensor_store<3>(p.out, {half * columns + i * 64, piece.group * mla_rows + first, piece.request},
+                                        s.keys[stage][half * tiles + i].data + first * 128);
+        bulk_commit_group();
+        bulk_wait_group_read<0>();
+      }
+    } else {
+#pragma unroll
+      for (int round = 0; round < 2; ++round) {
+#pragma unroll
+        for (int i = 0; i < columns / 16; ++i)  // of eight columns
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {
+            int at = (round * columns / 16 + i) * 4 + 2 * j, row = lane / 4 + 8 * j, chunk = i % 4 * 2 + lane % 4 / 2;
+            store_shared(own + i / 4 * tile_bytes + row * 128 + (chunk ^ row % 8) * 16 + lane % 2 * 8,
+                         Pack<float, 2>{result[at] * inverse[j], result[at + 1] * inverse[j]});
+          }
+        fence_proxy_async();
+        syncwarp();
+        if (elect()) {
+          for (int i = 0; i < tiles; ++i)
+            cp_async_bulk_tensor_store<2>(
+                p.partial_out, {half * columns + round * columns / 2 + i * 32, piece.slot * mla_rows + first},
+                s.keys[stage][half * tiles + i].data + first * 128);
+          bulk_commit_group();
+          bulk_wait_group_read<0>();
+        }
+        syncwarp();
+      }
+    }
+    release(s.empty[stage][half]);
   }
 };
 
-// The rows whose keys several pieces share: their results, in the order of the keys. A block takes a row at a time, a
-// thread four columns.
+// The rows whose keys several pieces share: their results, in the order of the keys. A warp for each row.
 template <typename T>
 struct MlaMergeKernel {
-  static constexpr int threads = mla_latent / 4;
+  static constexpr int threads = 128, fours = mla_latent / (4 * warp_size);
   static std::string name() { return std::string("MlaMergeKernel<") + format_name<T> + ">"; }
 
   struct Params {
@@ -528,41 +651,49 @@ struct MlaMergeKernel {
     Global<T> out;
     Global<float> lse;
     MlaSizes sizes;
-    int parts;  // the decoding kernel's blocks
   };
   struct Smem {};
 
   DEVICE static void run(const Params& p, Smem&) {
     const MlaSizes& m = p.sizes;
-    for (int64_t i = block_index(); i < int64_t(m.batch) * m.rows; i += grid_size()) {
-      int request = static_cast<int>(i / m.rows), row = static_cast<int>(i % m.rows), group = row / mla_rows;
+    int warps = threads / warp_size, lane = lane_index();
+    if (m.splits == 0 && load_global<int32_t>(m.cuts, m.stretches + 1) == 0) return;  // nothing is shared
+    for (int i = block_index() * warps + thread_index() / warp_size; i < m.batch * m.rows; i += grid_size() * warps) {
+      int request = i / m.rows, row = i % m.rows, group = row / mla_rows;
       int run = request * m.splits, count = m.splits;
       if (m.splits == 0) {
-        int share = Stretches(m, p.parts).share, start = load_global<int32_t>(m.starts, request);
-        int first = start / share;
+        int first = last_below(m.cuts, m.stretches, load_global<int32_t>(m.starts, request));
         run = request + first;
-        count = (load_global<int32_t>(m.starts, request + 1) - 1) / share - first + 1;
+        count = last_below(m.cuts, m.stretches, load_global<int32_t>(m.starts, request + 1) - 1) - first + 1;
         if (count == 1) continue;
       }
       int64_t from = int64_t(slot_of(m, run, group)) * mla_rows + row % mla_rows, step = m.row_groups * mla_rows;
-      float most = -__builtin_inff(), total = 0, sums[4] = {0, 0, 0, 0};
+      float most = -__builtin_inff(), total = 0, sums[fours][4] = {};
+#pragma unroll 4
       for (int part = 0; part < count; ++part)
         most = fmaxf(most, load_global<float>(p.partial_lse, from + part * step));
       float base = most == -__builtin_inff() ? 0 : most;
+#pragma unroll 2
       for (int part = 0; part < count; ++part) {
         float weight = ex2(load_global<float>(p.partial_lse, from + part * step) - base);
-        Pack<float, 4> x =
-            load_global<Pack<float, 4>>(p.partial_out, (from + part * step) * mla_latent + thread_index() * 4);
         total += weight;
+        Pack<float, 4> x[fours];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sums[j] += weight * x.item[j];
+        for (int k = 0; k < fours; ++k)
+          x[k] = load_global<Pack<float, 4>>(p.partial_out,
+                                             (from + part * step) * mla_latent + (k * warp_size + lane) * 4);
+#pragma unroll
+        for (int k = 0; k < fours; ++k)
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sums[k][j] += weight * x[k].item[j];
       }
       float inverse = total == 0 ? 0 : rcp(total);
-      store_global(p.out, i * mla_latent + thread_index() * 4,
-                   Pack<uint32_t, 2>{to_pair(sums[0] * inverse, sums[1] * inverse, T{}),
-                                     to_pair(sums[2] * inverse, sums[3] * inverse, T{})});
-      if (thread_index() == 0)
-        store_global(p.lse, i, total == 0 ? -__builtin_inff() : (most + lg2(total)) * 0.693147181f);
+#pragma unroll
+      for (int k = 0; k < fours; ++k)
+        store_global(p.out, int64_t(i) * mla_latent + (k * warp_size + lane) * 4,
+                     Pack<uint32_t, 2>{to_pair(sums[k][0] * inverse, sums[k][1] * inverse, T{}),
+                                       to_pair(sums[k][2] * inverse, sums[k][3] * inverse, T{})});
+      if (lane == 0) store_global(p.lse, i, total == 0 ? -__builtin_inff() : (most + lg2(total)) * 0.693147181f);
     }
   }
 };

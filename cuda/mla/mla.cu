@@ -17,23 +17,28 @@ Error decode(const MlaDecode& g, Stream stream) {
   using Number = NumberOf<Format>;
   int64_t rows = g.queries * g.heads, row_groups = ceil_div(rows, mla_rows);
   if (g.batch == 0 || rows == 0) return {};
+  int parts = std::min(multiprocessors(), most_mla_parts);
+  if (g.num_splits > 0) parts = std::min<int64_t>(parts, g.batch * row_groups * g.num_splits);
+  int together = std::min<int64_t>(row_groups, parts), stretches = parts / together;
+  int32_t* cuts = g.schedule + g.batch + 1;
   MlaSizes sizes = {.seq_lens = {g.seq_lens, g.batch},
                     .starts = {g.schedule, g.batch + 1},
+                    .cuts = {cuts, stretches + 2},
                     .batch = static_cast<int>(g.batch),
                     .rows = static_cast<int>(rows),
                     .row_groups = static_cast<int>(row_groups),
                     .splits = static_cast<int>(g.num_splits),
+                    .together = together,
+                    .stretches = stretches,
                     .longest = static_cast<int>(g.table_pages * g.page)};
   int64_t slots = mla_slots(g.batch, rows, g.num_splits);
-  int parts = std::min(multiprocessors(), most_mla_parts);
-  if (g.num_splits > 0) parts = std::min<int64_t>(parts, g.batch * row_groups * g.num_splits);
   MlaParams<Format> p = {.q = {},
                          .cache = {},
+                         .out = {},
+                         .partial_out = {},
                          .packed = {static_cast<const uint8_t*>(g.cache), g.pages * g.page * mla_packed_bytes},
                          .block_table = {g.block_table, g.batch * g.table_pages},
-                         .out = {static_cast<Number*>(g.out), g.batch * rows * mla_latent},
                          .lse = {g.lse, g.batch * rows},
-                         .partial_out = {g.partial_out, slots * mla_rows * mla_latent},
                          .partial_lse = {g.partial_lse, slots * mla_rows},
                          .sizes = sizes,
                          .heads = static_cast<int>(g.heads),
@@ -46,23 +51,31 @@ Error decode(const MlaDecode& g, Stream stream) {
                                                         : 16,
                          .causal = g.causal,
                          .scale_log2 = g.softmax_scale * 1.44269504f};
-  auto map = [](TensorMap& map, const void* data, int64_t rows, int box_rows) {
-    // Of what is only loaded no more than the size of an element matters.
-    return tensor_map<2>(map, data, Element::bfloat16, {mla_width, rows}, {mla_width * 2}, {64, box_rows},
-                         Swizzle::bytes_128);
-  };
-  Error error = map(p.q, g.q, g.batch * rows, mla_rows);
-  if (error.empty() && !g.packed) error = map(p.cache, g.cache, g.pages * g.page, p.box_rows);
-  if (error.empty() && g.num_splits == 0) error = launch<MlaSchedule>(1, 1, {sizes, {g.schedule, g.batch + 1}}, stream);
+  // Of 16 bits no more than the size of an element matters.
+  constexpr Element half = Element::bfloat16;
+  constexpr Swizzle swizzle = Swizzle::bytes_128;
+  Error error = tensor_map<2>(p.q, g.q, half, {mla_width, g.batch * rows}, {mla_width * 2}, {64, mla_rows}, swizzle);
+  if (error.empty() && !g.packed)
+    error = tensor_map<2>(p.cache, g.cache, half, {mla_width, g.pages * g.page}, {mla_width * 2}, {64, p.box_rows},
+                          swizzle);
+  if (error.empty())
+    error = tensor_map<3>(p.out, g.out, half, {mla_latent, rows, g.batch}, {mla_latent * 2, mla_latent * 2 * rows},
+                          {64, 16, 1}, swizzle);
+  if (error.empty() && g.num_splits != 1)
+    error = tensor_map<2>(p.partial_out, g.partial_out, Element::float32, {mla_latent, slots * mla_rows},
+                          {mla_latent * 4}, {32, 16}, swizzle);
+  if (error.empty() && g.num_splits == 0)
+    error = launch<MlaSchedule>(1, 1, {sizes, {g.schedule, g.batch + 1}, {cuts, stretches + 2}}, stream);
   if (error.empty()) error = launch<MlaDecodeKernel<Format>>(parts, 1, p, stream);
   if (!error.empty() || g.num_splits == 1) return error;
-  typename MlaMergeKernel<Number>::Params merge = {.partial_out = {g.partial_out, p.partial_out.size},
-                                                   .partial_lse = {g.partial_lse, p.partial_lse.size},
-                                                   .out = p.out,
-                                                   .lse = p.lse,
-                                                   .sizes = sizes,
-                                                   .parts = parts};
-  return launch<MlaMergeKernel<Number>>(std::min<int64_t>(g.batch * rows, multiprocessors() * 8), 1, merge, stream);
+  using Merge = MlaMergeKernel<Number>;
+  typename Merge::Params merge = {.partial_out = {g.partial_out, slots * mla_rows * mla_latent},
+                                  .partial_lse = {g.partial_lse, p.partial_lse.size},
+                                  .out = {static_cast<Number*>(g.out), g.batch * rows * mla_latent},
+                                  .lse = p.lse,
+                                  .sizes = sizes};
+  int64_t blocks = ceil_div(g.batch * rows, Merge::threads / warp_size);
+  return launch<Merge>(std::min<int64_t>(blocks, multiprocessors() * 16), 1, merge, stream);
 }
 
 }  // namespace

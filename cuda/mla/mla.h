@@ -25,7 +25,7 @@ struct MlaDecode {
   float* lse;                  // [batch, queries, heads], natural logarithm
   Float type;                  // bfloat16 or float16
   bool packed;
-  int32_t* schedule;   // workspace [batch + 1]
+  int32_t* schedule;   // workspace [mla_schedule(batch)]
   float* partial_out;  // workspace [mla_slots, mla_rows, mla_latent]
   float* partial_lse;  // workspace [mla_slots, mla_rows]
   float softmax_scale;
@@ -34,6 +34,8 @@ struct MlaDecode {
   int64_t batch, queries, heads;
   int64_t pages, page, table_pages;
 };
+
+constexpr int64_t mla_schedule(int64_t batch) { return batch + 1 + most_mla_parts + 2; }
 
 // Partial results that there may be.
 constexpr int64_t mla_slots(int64_t batch, int64_t rows, int64_t num_splits) {

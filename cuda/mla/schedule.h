@@ -1,8 +1,9 @@
 // Which block attends to which keys of which rows. Work is cut into pieces: 64 rows of one request, a group of them,
 // against a run of its blocks of keys. Lengths of requests are read on the device, so the host waits for nothing.
 //
-// Without num_splits the blocks of keys of all requests lie on one line, and every block of threads takes an equal
-// stretch of it, so that one long request uses the whole machine; with several groups of rows as many blocks of threads
+// Without num_splits the blocks of keys of all requests lie on one line, and every block of threads takes a stretch of
+// it: of whole requests, if no stretch is much longer than an equal one, for then there are no partial results; else
+// equal ones, so that one long request uses the whole machine. With several groups of rows as many blocks of threads
 // take the same stretch, a group each, at about the same time, so that the keys come from memory once. With num_splits
 // every request is cut into so many equal runs, whatever else is in the batch: the same bits alone or in any batch.
 #pragma once
@@ -17,8 +18,11 @@ constexpr int key_block = 64;  // keys
 struct MlaSizes {
   Global<const int32_t> seq_lens;
   Global<const int32_t> starts;  // [batch + 1]: the blocks of keys of all requests before
+  Global<const int32_t> cuts;    // [stretches + 2]: where each stretch begins, where the last ends, and 1 if any
+                                 // request is cut
   int batch, rows, row_groups;   // rows of a request, and how many 64s they are
   int splits;                    // num_splits
+  int together, stretches;       // blocks that take the same stretch, each every so many-th group of rows
   int longest;                   // keys that the table has room for
 };
 
@@ -37,17 +41,18 @@ struct Piece {
   bool whole;       // all keys of its rows: no partial result
 };
 
-// How `blocks` blocks of threads share the line.
-struct Stretches {
-  int together;  // blocks that take the same stretch, each every so many-th group of rows
-  int count, share;
-
-  DEVICE Stretches(const MlaSizes& m, int blocks) {
-    together = m.row_groups < blocks ? m.row_groups : blocks;
-    count = blocks / together;
-    share = static_cast<int>(ceil_div(load_global<int32_t>(m.starts, m.batch), count));
+// The last of `count` ascending numbers, the first of which is 0, that is not above x.
+DEVICE int last_below(Global<const int32_t> ascending, int count, int x) {
+  int first = 0;
+  while (count - first > 1) {  // it is in [first, count)
+    int middle = (first + count) / 2;
+    if (load_global<int32_t>(ascending, middle) <= x)
+      first = middle;
+    else
+      count = middle;
   }
-};
+  return first;
+}
 
 // The slot of a partial result: those of one group of one request are row_groups apart.
 DEVICE int slot_of(const MlaSizes& m, int run, int group) { return run * m.row_groups + group; }
@@ -56,7 +61,7 @@ DEVICE int slot_of(const MlaSizes& m, int run, int group) { return run * m.row_g
 struct MlaWalk {
   const MlaSizes& m;
   int at, end, group = 0, request = 0;
-  int begin = 0, index = 0, together = 1;  // of the stretch
+  int begin = 0, index = 0;  // of the stretch
 
   DEVICE MlaWalk(const MlaSizes& m) : m(m) {
     if (m.splits > 0) {
@@ -64,28 +69,17 @@ struct MlaWalk {
       end = m.batch * m.splits * m.row_groups;
       return;
     }
-    Stretches s(m, grid_size());
-    int all = load_global<int32_t>(m.starts, m.batch);
-    together = s.together;
-    index = block_index() / together;
-    group = index < s.count ? block_index() % together : m.row_groups;
-    begin = index * s.share;
-    end = begin + s.share < all ? begin + s.share : all;
+    index = block_index() / m.together;
+    group = index < m.stretches ? block_index() % m.together : m.row_groups;
+    begin = index < m.stretches ? load_global<int32_t>(m.cuts, index) : 0;
+    end = index < m.stretches ? load_global<int32_t>(m.cuts, index + 1) : 0;
     restart();
   }
 
   // To the stretch's first request.
   DEVICE void restart() {
     at = begin;
-    request = 0;
-    int beyond = m.batch;  // it is in [request, beyond)
-    while (beyond - request > 1) {
-      int middle = (request + beyond) / 2;
-      if (load_global<int32_t>(m.starts, middle) <= at)
-        request = middle;
-      else
-        beyond = middle;
-    }
+    request = last_below(m.starts, m.batch, at);
   }
 
   DEVICE bool next(Piece& piece) {
@@ -104,7 +98,7 @@ struct MlaWalk {
       return true;
     }
     if (at >= end && begin < end) {
-      group += together;
+      group += m.together;
       if (group < m.row_groups) restart();
     }
     if (at >= end || group >= m.row_groups) return false;
@@ -124,30 +118,59 @@ struct MlaWalk {
   }
 };
 
-// Fills `starts`: one warp, 32 requests at a time.
+// Fills `starts` and `cuts`: one warp, 32 requests or stretches at a time.
 struct MlaSchedule {
   static constexpr int threads = warp_size;
   static std::string name() { return "MlaSchedule"; }
 
   struct Params {
     MlaSizes sizes;
-    Global<int32_t> starts;
+    Global<int32_t> starts, cuts;
   };
   struct Smem {};
 
   DEVICE static void run(const Params& p, Smem&) {
-    int lane = lane_index(), before = 0;
-    for (int first = 0; first < p.sizes.batch; first += warp_size) {
+    const MlaSizes& m = p.sizes;
+    int lane = lane_index(), all = 0;
+    for (int first = 0; first < m.batch; first += warp_size) {
       int request = first + lane;
-      int own = request < p.sizes.batch ? key_blocks_of(length_of(p.sizes, request)) : 0, sum = own;
+      int own = request < m.batch ? key_blocks_of(length_of(m, request)) : 0, sum = own;
       for (int distance = 1; distance < warp_size; distance *= 2) {
         int other = shfl(sum, lane < distance ? lane : lane - distance);
         if (lane >= distance) sum += other;
       }
-      if (request < p.sizes.batch) store_global(p.starts, request, before + sum - own);
-      before += shfl(sum, warp_size - 1);
+      if (request < m.batch) store_global(p.starts, request, all + sum - own);
+      all += shfl(sum, warp_size - 1);
     }
-    if (lane == 0) store_global(p.starts, p.sizes.batch, before);
+    if (lane == 0) store_global(p.starts, m.batch, all);
+    syncwarp();
+
+    // Whole requests, each to the equal stretch that its middle lies in.
+    int before = -1;  // the last request's stretch
+    for (int first = 0; first < m.batch; first += warp_size) {
+      int request = first + lane, start = 0, own = m.stretches;
+      if (request < m.batch) {
+        start = load_global<int32_t>(m.starts, request);
+        int64_t twice = int64_t(start) + load_global<int32_t>(m.starts, request + 1);
+        own = static_cast<int>(twice * m.stretches / (2 * int64_t(all)));
+      }
+      int other = shfl(own, lane == 0 ? 0 : lane - 1);
+      for (int i = (lane == 0 ? before : other) + 1; request < m.batch && i <= own; ++i) store_global(p.cuts, i, start);
+      before = shfl(own, m.batch - first < warp_size ? m.batch - first - 1 : warp_size - 1);
+    }
+    for (int i = before + 1 + lane; i <= m.stretches; i += warp_size) store_global(p.cuts, i, all);
+    syncwarp();
+
+    int longest = 0, share = static_cast<int>(ceil_div(all, m.stretches));
+    for (int i = lane; i < m.stretches; i += warp_size) {
+      int length = load_global<int32_t>(m.cuts, i + 1) - load_global<int32_t>(m.cuts, i);
+      longest = length > longest ? length : longest;
+    }
+    bool is_cut = ballot(longest > share + share / 16) != 0;
+    syncwarp();
+    for (int i = lane; is_cut && i <= m.stretches; i += warp_size)
+      store_global(p.cuts, i, int64_t(i) * share < all ? i * share : all);
+    if (lane == 0) store_global(p.cuts, m.stretches + 1, static_cast<int32_t>(is_cut));
   }
 };
 

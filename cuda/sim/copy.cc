@@ -253,7 +253,8 @@ void bulk_wait_group(int pending, bool read, Where where) {
     for (auto& o : thread.bulk_groups[g]) {
       while (static_cast<int>(o->steps.size()) > (read ? o->steps_after_read : 0))
         m.block_on({.kind = Wait::bulk, .what = what}, where);
-      m.note_read(*o->block, o->address, o->bytes, thread);
+      if (!o->read_awaited) m.note_read(*o->block, o->address, o->bytes, thread);
+      o->read_awaited = true;
     }
   while (!thread.bulk_groups.empty() &&
          std::all_of(thread.bulk_groups.front().begin(), thread.bulk_groups.front().end(),

@@ -107,7 +107,8 @@ struct Operation {
   std::deque<std::function<void()>> steps;
   bool published = false;    // of cp.async: through an mbarrier
   int steps_after_read = 0;  // left when the source may be written again
-  Block* block = nullptr;    // the shared memory that it reads or, for cp.async, writes
+  bool read_awaited = false;
+  Block* block = nullptr;  // the shared memory that it reads or, for cp.async, writes
   uint32_t address = 0;
   int bytes = 0;
   std::vector<uint32_t> pieces;  // of 16 bytes each, that a wgmma reads
