@@ -36,6 +36,12 @@ constexpr int resident_of() {
     return 1;
 }
 
+// Whether K may start before the kernel ahead of it has ended; it waits for that one by griddepcontrol_wait.
+template <typename K>
+constexpr bool starts_early() {
+  return requires { K::starts_early; };
+}
+
 #ifdef JAXKERN_SIM
 
 template <typename Load>
@@ -109,11 +115,13 @@ Error launch(int blocks, int cluster, const typename K::Params& params, Stream s
   config.blockDim = dim3(K::threads);
   config.dynamicSmemBytes = sizeof(typename K::Smem);
   config.stream = static_cast<cudaStream_t>(stream);
-  cudaLaunchAttribute attributes[1];
+  cudaLaunchAttribute attributes[2];
   attributes[0].id = cudaLaunchAttributeClusterDimension;
   attributes[0].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[1].val.programmaticStreamSerializationAllowed = 1;
   config.attrs = attributes;
-  config.numAttrs = 1;
+  config.numAttrs = starts_early<K>() ? 2 : 1;
   return describe(cudaLaunchKernelEx(&config, entry<K>, params));
 }
 

@@ -38,6 +38,7 @@ struct MlaParams {
 template <typename Format>
 struct MlaDecodeKernel {
   using Number = NumberOf<Format>;
+  static constexpr bool starts_early = true;
   static constexpr bool is_packed = std::is_same_v<Format, Packed>;
   static constexpr int width_tiles = mla_width / 64, latent_tiles = mla_latent / 64, stages = 2;
   static constexpr int kept_tiles = is_packed ? 0 : 1;  // of q, in registers, where there are enough
@@ -81,6 +82,8 @@ struct MlaDecodeKernel {
       fence_mbarrier_init();
     }
     bar_sync(0, threads);
+    griddepcontrol_launch_dependents();
+    griddepcontrol_wait();
     if (warp >= math_threads / warp_size) {
       setmaxnreg_dec<copy_registers>();
       if constexpr (is_packed)
@@ -640,10 +643,12 @@ struct MlaDecodeKernel {
   }
 };
 
-// The rows whose keys several pieces share: their results, in the order of the keys. A warp for each row.
+// The rows whose keys several pieces share: their results, in the order of the keys. A block for each row, a
+// thread for four columns.
 template <typename T>
 struct MlaMergeKernel {
-  static constexpr int threads = 128, fours = mla_latent / (4 * warp_size);
+  static constexpr bool starts_early = true;
+  static constexpr int threads = mla_latent / 4;
   static std::string name() { return std::string("MlaMergeKernel<") + format_name<T> + ">"; }
 
   struct Params {
@@ -655,10 +660,11 @@ struct MlaMergeKernel {
   struct Smem {};
 
   DEVICE static void run(const Params& p, Smem&) {
+    griddepcontrol_wait();
     const MlaSizes& m = p.sizes;
-    int warps = threads / warp_size, lane = lane_index();
     if (m.splits == 0 && load_global<int32_t>(m.cuts, m.stretches + 1) == 0) return;  // nothing is shared
-    for (int i = block_index() * warps + thread_index() / warp_size; i < m.batch * m.rows; i += grid_size() * warps) {
+    int column = thread_index() * 4;
+    for (int i = block_index(); i < m.batch * m.rows; i += grid_size()) {
       int request = i / m.rows, row = i % m.rows, group = row / mla_rows;
       int run = request * m.splits, count = m.splits;
       if (m.splits == 0) {
@@ -668,32 +674,25 @@ struct MlaMergeKernel {
         if (count == 1) continue;
       }
       int64_t from = int64_t(slot_of(m, run, group)) * mla_rows + row % mla_rows, step = m.row_groups * mla_rows;
-      float most = -__builtin_inff(), total = 0, sums[fours][4] = {};
-#pragma unroll 4
+      float most = -__builtin_inff(), total = 0, sums[4] = {0, 0, 0, 0};
+#pragma unroll 8
       for (int part = 0; part < count; ++part)
         most = fmaxf(most, load_global<float>(p.partial_lse, from + part * step));
       float base = most == -__builtin_inff() ? 0 : most;
-#pragma unroll 2
+#pragma unroll 8
       for (int part = 0; part < count; ++part) {
         float weight = ex2(load_global<float>(p.partial_lse, from + part * step) - base);
+        Pack<float, 4> x = load_global<Pack<float, 4>>(p.partial_out, (from + part * step) * mla_latent + column);
         total += weight;
-        Pack<float, 4> x[fours];
 #pragma unroll
-        for (int k = 0; k < fours; ++k)
-          x[k] = load_global<Pack<float, 4>>(p.partial_out,
-                                             (from + part * step) * mla_latent + (k * warp_size + lane) * 4);
-#pragma unroll
-        for (int k = 0; k < fours; ++k)
-#pragma unroll
-          for (int j = 0; j < 4; ++j) sums[k][j] += weight * x[k].item[j];
+        for (int j = 0; j < 4; ++j) sums[j] += weight * x.item[j];
       }
       float inverse = total == 0 ? 0 : rcp(total);
-#pragma unroll
-      for (int k = 0; k < fours; ++k)
-        store_global(p.out, int64_t(i) * mla_latent + (k * warp_size + lane) * 4,
-                     Pack<uint32_t, 2>{to_pair(sums[k][0] * inverse, sums[k][1] * inverse, T{}),
-                                       to_pair(sums[k][2] * inverse, sums[k][3] * inverse, T{})});
-      if (lane == 0) store_global(p.lse, i, total == 0 ? -__builtin_inff() : (most + lg2(total)) * 0.693147181f);
+      store_global(p.out, int64_t(i) * mla_latent + column,
+                   Pack<uint32_t, 2>{to_pair(sums[0] * inverse, sums[1] * inverse, T{}),
+                                     to_pair(sums[2] * inverse, sums[3] * inverse, T{})});
+      if (thread_index() == 0)
+        store_global(p.lse, i, total == 0 ? -__builtin_inff() : (most + lg2(total)) * 0.693147181f);
     }
   }
 };

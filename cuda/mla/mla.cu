@@ -74,8 +74,7 @@ Error decode(const MlaDecode& g, Stream stream) {
                                   .out = {static_cast<Number*>(g.out), g.batch * rows * mla_latent},
                                   .lse = p.lse,
                                   .sizes = sizes};
-  int64_t blocks = ceil_div(g.batch * rows, Merge::threads / warp_size);
-  return launch<Merge>(std::min<int64_t>(blocks, multiprocessors() * 16), 1, merge, stream);
+  return launch<Merge>(std::min<int64_t>(g.batch * rows, multiprocessors() * 16), 1, merge, stream);
 }
 
 }  // namespace

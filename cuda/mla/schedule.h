@@ -61,7 +61,6 @@ DEVICE int slot_of(const MlaSizes& m, int run, int group) { return run * m.row_g
 struct MlaWalk {
   const MlaSizes& m;
   int at, end, group = 0, request = 0;
-  int begin = 0, index = 0;  // of the stretch
 
   DEVICE MlaWalk(const MlaSizes& m) : m(m) {
     if (m.splits > 0) {
@@ -69,16 +68,19 @@ struct MlaWalk {
       end = m.batch * m.splits * m.row_groups;
       return;
     }
-    index = block_index() / m.together;
-    group = index < m.stretches ? block_index() % m.together : m.row_groups;
-    begin = index < m.stretches ? load_global<int32_t>(m.cuts, index) : 0;
-    end = index < m.stretches ? load_global<int32_t>(m.cuts, index + 1) : 0;
-    restart();
+    if (stretch() < m.stretches)
+      restart(block_index() % m.together);
+    else
+      at = end = 0, group = m.row_groups;
   }
 
-  // To the stretch's first request.
-  DEVICE void restart() {
-    at = begin;
+  DEVICE int stretch() { return block_index() / m.together; }
+
+  // To the stretch's first request, for this group of rows.
+  DEVICE void restart(int of) {
+    group = of;
+    at = load_global<int32_t>(m.cuts, stretch());
+    end = load_global<int32_t>(m.cuts, stretch() + 1);
     request = last_below(m.starts, m.batch, at);
   }
 
@@ -97,11 +99,11 @@ struct MlaWalk {
       at += grid_size();
       return true;
     }
-    if (at >= end && begin < end) {
-      group += m.together;
-      if (group < m.row_groups) restart();
+    if (at >= end) {
+      if (group + m.together >= m.row_groups) return false;
+      restart(group + m.together);
+      if (at >= end) return false;
     }
-    if (at >= end || group >= m.row_groups) return false;
     int start = load_global<int32_t>(m.starts, request), blocks = load_global<int32_t>(m.starts, request + 1) - start;
     piece.request = request;
     piece.group = group;
@@ -110,7 +112,7 @@ struct MlaWalk {
     piece.last = blocks - piece.first < end - at ? blocks : piece.first + end - at;
     // A stretch's next piece is of the next request, the next stretch's first of the same or the next: no two share
     // one.
-    piece.slot = slot_of(m, request + index, group);
+    piece.slot = slot_of(m, request + stretch(), group);
     piece.whole = piece.first == 0 && piece.last == blocks;
     at += piece.last - piece.first;
     if (piece.last == blocks) ++request;
@@ -118,59 +120,71 @@ struct MlaWalk {
   }
 };
 
-// Fills `starts` and `cuts`: one warp, 32 requests or stretches at a time.
+// Fills `starts` and `cuts`: one block, a thread for each request and for each stretch.
 struct MlaSchedule {
-  static constexpr int threads = warp_size;
+  static constexpr int threads = 1024, warps = threads / warp_size;
   static std::string name() { return "MlaSchedule"; }
 
   struct Params {
     MlaSizes sizes;
     Global<int32_t> starts, cuts;
   };
-  struct Smem {};
+  struct Smem {
+    Shared<int32_t> of_warp[warps];
+  };
 
-  DEVICE static void run(const Params& p, Smem&) {
+  DEVICE static void run(const Params& p, Smem& s) {
+    griddepcontrol_launch_dependents();
     const MlaSizes& m = p.sizes;
-    int lane = lane_index(), all = 0;
-    for (int first = 0; first < m.batch; first += warp_size) {
-      int request = first + lane;
-      int own = request < m.batch ? key_blocks_of(length_of(m, request)) : 0, sum = own;
-      for (int distance = 1; distance < warp_size; distance *= 2) {
-        int other = shfl(sum, lane < distance ? lane : lane - distance);
-        if (lane >= distance) sum += other;
-      }
-      if (request < m.batch) store_global(p.starts, request, all + sum - own);
-      all += shfl(sum, warp_size - 1);
+    int thread = thread_index(), lane = lane_index(), warp = thread / warp_size, all = 0;
+    for (int first = 0; first < m.batch; first += threads) {
+      int request = first + thread, own = request < m.batch ? key_blocks_of(length_of(m, request)) : 0;
+      int sum = sum_up_to(own);
+      if (lane == warp_size - 1) store(s.of_warp[warp], sum);
+      bar_sync(0, threads);
+      int of_warps = sum_up_to(load(s.of_warp[lane]));
+      int before = all + (warp > 0 ? shfl(of_warps, warp - 1) : 0);
+      if (request < m.batch) store_global(p.starts, request, before + sum - own);
+      all += shfl(of_warps, warps - 1);
+      bar_sync(0, threads);
     }
-    if (lane == 0) store_global(p.starts, m.batch, all);
-    syncwarp();
+    if (thread == 0) store_global(p.starts, m.batch, all);
+    bar_sync(0, threads);
 
     // Whole requests, each to the equal stretch that its middle lies in.
-    int before = -1;  // the last request's stretch
-    for (int first = 0; first < m.batch; first += warp_size) {
-      int request = first + lane, start = 0, own = m.stretches;
-      if (request < m.batch) {
-        start = load_global<int32_t>(m.starts, request);
-        int64_t twice = int64_t(start) + load_global<int32_t>(m.starts, request + 1);
-        own = static_cast<int>(twice * m.stretches / (2 * int64_t(all)));
-      }
-      int other = shfl(own, lane == 0 ? 0 : lane - 1);
-      for (int i = (lane == 0 ? before : other) + 1; request < m.batch && i <= own; ++i) store_global(p.cuts, i, start);
-      before = shfl(own, m.batch - first < warp_size ? m.batch - first - 1 : warp_size - 1);
+    for (int request = thread; request <= m.batch; request += threads) {
+      int start = load_global<int32_t>(m.starts, request);
+      int last = request < m.batch ? stretch_of(m, request, all) : m.stretches;
+      for (int i = request > 0 ? stretch_of(m, request - 1, all) + 1 : 0; i <= last; ++i)
+        store_global(p.cuts, i, start);
     }
-    for (int i = before + 1 + lane; i <= m.stretches; i += warp_size) store_global(p.cuts, i, all);
-    syncwarp();
+    bar_sync(0, threads);
 
-    int longest = 0, share = static_cast<int>(ceil_div(all, m.stretches));
-    for (int i = lane; i < m.stretches; i += warp_size) {
-      int length = load_global<int32_t>(m.cuts, i + 1) - load_global<int32_t>(m.cuts, i);
-      longest = length > longest ? length : longest;
-    }
-    bool is_cut = ballot(longest > share + share / 16) != 0;
-    syncwarp();
-    for (int i = lane; is_cut && i <= m.stretches; i += warp_size)
+    int share = static_cast<int>(ceil_div(all, m.stretches));
+    bool is_long = false;
+    for (int i = thread; i < m.stretches; i += threads)
+      is_long |= load_global<int32_t>(m.cuts, i + 1) - load_global<int32_t>(m.cuts, i) > share + share / 16;
+    uint32_t long_lanes = ballot(is_long);
+    if (lane == 0) store(s.of_warp[warp], static_cast<int32_t>(long_lanes));
+    bar_sync(0, threads);
+    bool is_cut = ballot(load(s.of_warp[lane]) != 0) != 0;
+    for (int i = thread; is_cut && i <= m.stretches; i += threads)
       store_global(p.cuts, i, int64_t(i) * share < all ? i * share : all);
-    if (lane == 0) store_global(p.cuts, m.stretches + 1, static_cast<int32_t>(is_cut));
+    if (thread == 0) store_global(p.cuts, m.stretches + 1, static_cast<int32_t>(is_cut));
+  }
+
+  // Of the lanes up to this one.
+  DEVICE static int sum_up_to(int x) {
+    for (int distance = 1; distance < warp_size; distance *= 2) {
+      int other = shfl(x, lane_index() < distance ? lane_index() : lane_index() - distance);
+      if (lane_index() >= distance) x += other;
+    }
+    return x;
+  }
+
+  DEVICE static int stretch_of(const MlaSizes& m, int request, int all) {
+    int64_t twice = int64_t(load_global<int32_t>(m.starts, request)) + load_global<int32_t>(m.starts, request + 1);
+    return static_cast<int>(twice * m.stretches / (2 * int64_t(all)));
   }
 };
 
