@@ -62,6 +62,9 @@ def generate(
             raise ValueError(f"generate: {message}")
     stops = model.config.eos_token_id if eos_token_id is None else eos_token_id
     stops = np.atleast_1d(np.asarray(() if stops is None else stops, np.int32))
+    stops_early = len(stops) > 0
+    if not stops_early:
+        stops = np.full(1, -1, np.int32)  # no token: JAX 0.11.2 ends while it compiles a mapped array without elements
     vocab = model.config.vocab_size
     sampling = (None if temperature == 0 else min(top_k or vocab, vocab), top_p is not None)
     scalars = (np.uint32(seed & 0xFFFFFFFF), np.float32(temperature), np.float32(1.0 if top_p is None else top_p))
@@ -79,7 +82,7 @@ def generate(
     with tqdm.tqdm(total=max_new_tokens, disable=not progress, unit="token", desc="generate") as bar:
         bar.update()
         for _ in range(1, max_new_tokens):
-            if len(stops) and not fetch(state["active"]).any():
+            if stops_early and not fetch(state["active"]).any():
                 break
             token, state = decode(leaves, token, state, stops, scalars)
             tokens.append(token)
