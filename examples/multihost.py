@@ -5,7 +5,11 @@
     python examples/multihost.py --devices 4 --coordinator localhost:9876 --num-processes 2 --process-id 0  # a laptop,
     python examples/multihost.py --devices 4 --coordinator localhost:9876 --num-processes 2 --process-id 1  # two shells
 
-The processes find each other through Slurm, Open MPI or Kubernetes, or through the three options. The experts and the
+    python examples/multihost.py --gpus 0 --coordinator localhost:9876 --num-processes 2 --process-id 0  # a host with
+    python examples/multihost.py --gpus 1 --coordinator localhost:9876 --num-processes 2 --process-id 1  # two GPUs
+
+The processes find each other through Slurm, Open MPI or Kubernetes, or through the three options. A process takes all
+GPUs of its host unless --gpus names its own; Slurm and Open MPI give each process one. The experts and the
 batch are spread over all devices; a token goes to the experts of at most four hosts, as DeepSeek-V3's do.
 """
 
@@ -32,6 +36,12 @@ def main():
     parser.add_argument("--process-id", type=int, help="which of them this is, from 0")
     parser.add_argument(
         "--devices", type=int, help="how many CPU devices each process makes; only where there is no GPU"
+    )
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        nargs="+",
+        help="which of its host's GPUs this process takes, from 0; by default all",
     )
     parser.add_argument("--hosts", type=int, help="how many hosts the processes run on; by default each has its own")
     parser.add_argument("--heartbeat", type=int, default=30, help="seconds after which a silent process counts as dead")
@@ -99,6 +109,7 @@ def join(options) -> jax.sharding.Mesh:
             options.coordinator,
             options.num_processes,
             options.process_id,
+            local_device_ids=options.gpus,
             heartbeat_timeout_seconds=options.heartbeat,
             shutdown_timeout_seconds=options.heartbeat,
         )

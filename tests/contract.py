@@ -18,6 +18,7 @@ import jaxkern
 # What the Hopper kernels are tested through: the simulator, or on a machine with such a GPU "cuda"; or "none".
 HOPPER_IMPLEMENTATION = os.environ.get("JAXKERN_TEST_IMPLEMENTATION", "sim")
 
+SHARDS = 2 if jax.device_count() == 2 else 4  # of the cases' meshes
 ROWS = P("x")  # sharded along the first axis
 ALL = P()  # replicated
 
@@ -27,7 +28,7 @@ class Case:
     """One op on small random operands.
 
     call: (*arrays, implementation=None) -> arrays; static arguments are closed over.
-    arrays: argument name -> example operand. The first axis of a sharded operand divides by 4.
+    arrays: argument name -> example operand. The first axis of a sharded operand divides by SHARDS.
     specs, out_specs: how shard_map may split the operands and results over one mesh axis "x".
     grad: the operands that the op is differentiable in.
     smooth: whether its slope shows that gradient; not where the op itself rounds its operands.
@@ -127,7 +128,9 @@ def _in_parts(call, *axes, out_axis=0):
     """`call` on each device's part by itself: operands split along their axes, whole where that is None."""
 
     def in_parts(*arrays):
-        split = [[x] * 4 if axis is None else jnp.split(x, 4, axis) for x, axis in zip(arrays, axes, strict=True)]
+        split = [
+            [x] * SHARDS if axis is None else jnp.split(x, SHARDS, axis) for x, axis in zip(arrays, axes, strict=True)
+        ]
         parts = [call(*part) for part in zip(*split, strict=True)]
         return jax.tree.map(lambda *r: jnp.concatenate(r, out_axis), *parts)
 

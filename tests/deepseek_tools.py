@@ -88,6 +88,11 @@ def mesh(devices: int, kind: AxisType = AxisType.Auto, shape=None, names=("x",))
     return jax.make_mesh(shape or (devices,), names, axis_types=(kind,) * len(names), devices=jax.devices()[:devices])
 
 
+def mesh_of_four(kind: AxisType = AxisType.Auto):
+    """Where there are but two GPUs, of both."""
+    return mesh(2 if jax.device_count() == 2 else 4, kind)
+
+
 def expected(case: str) -> dict[str, np.ndarray]:
     return dict(np.load(GOLDEN / case / "expected.npz"))
 

@@ -1,12 +1,16 @@
-"""What several processes compute together, and one of them: multihost_worker.py ADDRESS NUMBER INDEX TASK ...
+"""What several processes compute together, and one of them: multihost_worker.py ADDRESS NUMBER INDEX DEVICES TASK ...
 
-The tests import `CASES` to compute the same on the devices of one process. TASK is "cases FOLDER", which leaves
-CASE.npz in the folder, or "loop STEPS", collectives until something ends them: process 1 fails after STEPS.
+Each of NUMBER processes makes DEVICES CPU devices, or takes as many GPUs of this host, by its INDEX. The tests import
+`CASES`, of which JAXKERN_TEST_CASES=REGEX chooses some, to compute the same on the devices of one process. TASK is
+"cases FOLDER", which leaves CASE.npz in the folder, or "loop STEPS", collectives until something ends them: process 1
+fails after STEPS.
 """
 
 import dataclasses
 import functools
+import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable
 
@@ -24,7 +28,6 @@ import jaxkern
 from jaxkern.models import deepseek
 from jaxkern.models.deepseek.model import Program
 
-DEVICES = 8  # of all processes together
 EXPERTS, TOP_K, HIDDEN, TOKENS = 16, 4, 40, 48
 SMALL = {"n_routed_experts": 16, "num_experts_per_tok": 4}  # two experts a device
 
@@ -147,6 +150,7 @@ CASES = {
     "training step": Case(functools.partial(training_step, names=LEVELS), 1e-5, 1e-5),
     "generation": Case(functools.partial(generation, names=LEVELS), 0, 1e-5),
 }
+CASES = {name: case for name, case in CASES.items() if re.search(os.environ.get("JAXKERN_TEST_CASES", ""), name)}
 
 
 def fetch(x) -> np.ndarray:
@@ -165,11 +169,11 @@ def compute_cases(folder: str):
     for name, case in CASES.items():
         print(name, flush=True)
         path = pathlib.Path(folder) / f"{name}.{jax.process_index()}.npz"
-        np.savez(path, **results(case, DEVICES))
+        np.savez(path, **results(case, jax.device_count()))
 
 
 def loop(steps: str):
-    mesh = mesh_of(DEVICES, FLAT)
+    mesh = mesh_of(jax.device_count(), FLAT)
     arrays = np.ones((16, 8), np.float32), np.zeros((16, 1), np.int32), np.ones((16, 1), np.float32)
 
     @jax.jit
@@ -189,10 +193,16 @@ def loop(steps: str):
 
 
 if __name__ == "__main__":
-    address, number, index, task, argument = sys.argv[1:]
-    jax.config.update("jax_num_cpu_devices", DEVICES // int(number))
+    address, number, index, devices, task, argument = sys.argv[1:]
+    first, devices = int(index) * int(devices), int(devices)
+    jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
-        address, int(number), int(index), heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10
+        address,
+        int(number),
+        int(index),
+        local_device_ids=list(range(first, first + devices)),  # of GPUs; without it each process takes all
+        heartbeat_timeout_seconds=10,
+        shutdown_timeout_seconds=10,
     )
     {"cases": compute_cases, "loop": loop}[task](argument)

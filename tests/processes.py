@@ -31,6 +31,7 @@ class Processes:
             address = f"localhost:{s.getsockname()[1]}"
         paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+        environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the process of the tests has the GPUs too
         self.all = []
         for i in range(number):
             log = folder / f"process{i}.log"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import CASES, HOPPER, Case
+from contract import CASES, HOPPER, SHARDS, Case
 from jax.sharding import AxisType, NamedSharding
 
 import jaxkern
@@ -18,11 +18,6 @@ from jaxkern import _ffi
 
 DIFFERENTIABLE = [c for c in CASES if c.grad]
 UNTOLD = [c for c in CASES if c.implementation is None]  # lets the platform choose
-
-
-def needs_four_devices(case):
-    if case.implementation == "cuda" and jax.device_count() < 4:
-        pytest.skip("needs four GPUs")
 
 
 def over(cases):
@@ -147,9 +142,8 @@ def test_scan(case):
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @over(CASES)
 def test_shard_map(case, axis_type):
-    """Each of 4 devices on its part: the results, and the gradients also of replicated operands."""
-    needs_four_devices(case)
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(axis_type,))
+    """Each of 4 devices, or of 2 GPUs, on its part: the results, and the gradients also of replicated operands."""
+    mesh = jax.make_mesh((SHARDS,), ("x",), axis_types=(axis_type,))
     operands = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(case.operands, case.specs, strict=True)]
     call = case.sharded_call or case.call
 
@@ -167,8 +161,7 @@ def test_shard_map(case, axis_type):
 @over(CASES)
 def test_sharded_operands_outside_shard_map(case):
     """XLA gathers them: slow, but right."""
-    needs_four_devices(case)
-    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    mesh = jax.make_mesh((SHARDS,), ("x",), axis_types=(AxisType.Auto,))
     operands = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(case.operands, case.specs, strict=True)]
     assert_same(jax.jit(case.call)(*operands), case.call(*case.operands), tolerance(case))
 

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from deepseek_tools import GOLDEN, SMALL, expected, mesh, read_tensors, tokens
+from deepseek_tools import GOLDEN, SMALL, expected, mesh, mesh_of_four, read_tensors, tokens
 from flax import nnx
 from jax.sharding import AxisType
 
@@ -229,9 +229,9 @@ def test_small_gradients_are_not_lost():
         pytest.param(lambda: None, {"remat": True}, id="remat"),
         pytest.param(lambda: None, {"microbatches": 2}, id="2 parts", marks=pytest.mark.slow),
         pytest.param(lambda: mesh(1), {}, id="mesh of 1", marks=pytest.mark.slow),
-        pytest.param(lambda: mesh(4), {}, id="4 devices", marks=pytest.mark.slow),
+        pytest.param(lambda: mesh_of_four(), {}, id="4 devices", marks=pytest.mark.slow),
         pytest.param(
-            lambda: mesh(4, AxisType.Explicit), {"microbatches": 2, "remat": True}, id="4, explicit, 2, remat"
+            lambda: mesh_of_four(AxisType.Explicit), {"microbatches": 2, "remat": True}, id="4, explicit, 2, remat"
         ),
     ],
 )
@@ -251,7 +251,12 @@ def test_one_step_on_any_mesh(reference, on, options):
 def test_ten_steps():
     """In bfloat16 over float32 parameters, as DeepSeek-V3 trains: FP8 learns as bfloat16 does, on one device and on
     four, and the same again to the bit."""
-    cases = {"bfloat16": (None, False), "fp8": (None, True), "4 devices": (mesh(4), True), "again": (mesh(4), True)}
+    cases = {
+        "bfloat16": (None, False),
+        "fp8": (None, True),
+        "4 devices": (mesh_of_four(), True),
+        "again": (mesh_of_four(), True),
+    }
     losses = {}
     for name, (on, fp8) in cases.items():
         model = fp8_model(on)
@@ -271,7 +276,7 @@ def test_generation_with_dynamic_activations(dtype):
     ids = expected("v3-fp8")["input_ids"]
     got = deepseek.generate(model, ids, max_new_tokens=12)
     np.testing.assert_array_equal(deepseek.generate(model, ids, max_new_tokens=12), got)
-    spread = deepseek.from_pretrained(GOLDEN / "v3-fp8", dtype=dtype, mesh=mesh(4))
+    spread = deepseek.from_pretrained(GOLDEN / "v3-fp8", dtype=dtype, mesh=mesh_of_four())
     np.testing.assert_array_equal(deepseek.generate(spread, ids, max_new_tokens=12), got)
 
 

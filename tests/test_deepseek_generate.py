@@ -29,11 +29,16 @@ def model():
     "case, implementation, devices",
     [(case, None, None) for case in CASES]
     + [pytest.param(case, "xla", None, marks=pytest.mark.slow) for case in CASES]
-    + [("v3-padded", None, 4), ("v3-fp8", None, 4), ("v3-tiny", None, 1)],
+    + [("v3-padded", None, 4), ("v3-fp8", None, 4), ("v3-padded", None, 2), ("v3-tiny", None, 1)],
 )
 def test_golden_tokens(case, implementation, devices):
     want = expected(case)
-    on = {None: None, 1: mesh(1), 4: mesh(4, AxisType.Explicit, (2, 2), ("hosts", "devices"))}[devices]
+    on = {
+        None: lambda: None,
+        1: lambda: mesh(1),
+        2: lambda: mesh(2),
+        4: lambda: mesh(4, AxisType.Explicit, (2, 2), ("hosts", "devices")),
+    }[devices]()
     model = deepseek.from_pretrained(GOLDEN / case, dtype=jnp.float32, mesh=on)
     model.implementation = implementation
     model.fp8 = False  # the golden tokens of v3-fp8 are of plain activations

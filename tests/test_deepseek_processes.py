@@ -1,5 +1,6 @@
 """One model over two processes, as on two hosts: load, generate, train, save."""
 
+import jax
 import pytest
 from deepseek_tools import GOLDEN, raw_tensors
 from processes import Processes
@@ -7,9 +8,11 @@ from processes import Processes
 WORKER = """
 import sys
 import jax
-jax.config.update("jax_num_cpu_devices", 2)
+index, devices = map(int, sys.argv[2:4])
+jax.config.update("jax_num_cpu_devices", devices)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+local = list(range(index * devices, (index + 1) * devices))  # of GPUs; without it each process takes all
+jax.distributed.initialize(sys.argv[1], 2, index, local_device_ids=local)
 import jax.numpy as jnp
 import numpy as np
 from deepseek_tools import GOLDEN, expected
@@ -17,9 +20,9 @@ from flax import nnx
 from jaxkern.models import deepseek
 
 want = expected("v3-padded")
-mesh = jax.make_mesh((2, 2), ("hosts", "devices"))
-deepseek.from_pretrained(GOLDEN / "v3-padded", mesh=mesh).save_pretrained(sys.argv[3], max_shard_bytes=200_000)
-model = deepseek.from_pretrained(sys.argv[3], dtype=jnp.float32, mesh=mesh)
+mesh = jax.make_mesh((2, devices), ("hosts", "devices"))
+deepseek.from_pretrained(GOLDEN / "v3-padded", mesh=mesh).save_pretrained(sys.argv[4], max_shard_bytes=200_000)
+model = deepseek.from_pretrained(sys.argv[4], dtype=jnp.float32, mesh=mesh)
 ids, mask = want["input_ids"], want["attention_mask"]
 new = deepseek.generate(model, ids, max_new_tokens=12, attention_mask=mask)
 np.testing.assert_array_equal(new, want["generated"])
@@ -32,9 +35,11 @@ print("done", losses)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
 def test_two_processes(tmp_path):
     saved = tmp_path / "saved"
-    with Processes(tmp_path, lambda address, i: ["-c", WORKER, address, i, saved]) as processes:
+    devices = 2 if jax.device_count() >= 4 else 1  # of each process
+    with Processes(tmp_path, lambda address, i: ["-c", WORKER, address, i, devices, saved]) as processes:
         outputs = processes.finish(300)
     losses = [output[output.index("done") :].splitlines()[0] for output in outputs]
     assert losses[0] == losses[1]

@@ -12,17 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from moe_tools import random_routing
 
 import jaxkern
 
 IMPLEMENTATIONS = ["cpu", "xla", *[HOPPER_IMPLEMENTATION] * (HOPPER_IMPLEMENTATION != "none")]
-
-
-def random_routing(tokens, experts, top_k, seed=0):
-    rng = np.random.default_rng(seed)
-    ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(tokens)]).astype(np.int32).reshape(tokens, top_k)
-    ids[rng.random(ids.shape) < 0.1] = -1
-    return ids, rng.standard_normal(ids.shape).astype(np.float32)
 
 
 # route
@@ -211,13 +205,11 @@ def experts_by_rank(x, ids, weights, w, axis_name, **kwargs):
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_same_bits_on_any_number_of_devices(implementation, axis_type):
     """Result and every gradient."""
-    if implementation == "cuda" and jax.device_count() < 8:
-        pytest.skip("needs eight GPUs")
     ids, weights = random_routing(48, 16, 4)
     x = np.random.default_rng(1).standard_normal((48, 40)).astype(np.float32)
     w = np.random.default_rng(2).standard_normal((16, 40, 40)).astype(np.float32) / 6
     expected = None
-    for ranks in (1, 2, 4, 8):
+    for ranks in [n for n in (1, 2, 4, 8) if n <= jax.device_count()]:
         mesh = jax.make_mesh((ranks,), ("expert",), axis_types=(axis_type,))
         split = jax.NamedSharding(mesh, P("expert"))
 

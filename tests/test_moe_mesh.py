@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 from contract import HOPPER_IMPLEMENTATION
 from jax.sharding import PartitionSpec as P
-from test_moe import random_routing
+from moe_tools import random_routing
 
 import jaxkern
 
 TOKENS, HIDDEN, EXPERTS, TOP_K = 48, 136, 24, 4
-ONE_LEVEL, TWO_LEVELS = (8,), (2, 4)
+RANKS = next(n for n in (8, 4, 2, 1) if n <= jax.device_count())  # 8 on CPUs; on GPUs as many as there are
+HALF = max(1, RANKS // 2)
+ONE_LEVEL, TWO_LEVELS = (RANKS,), (2, HALF)
+ON_CPUS = jax.default_backend() == "cpu"
 
 
 def axes(shape):
@@ -104,13 +107,13 @@ ARRIVALS = [
     (ONE_LEVEL, {"layout": "masked", "capacity": 3, "wire_capacity": 2}),
     (TWO_LEVELS, {}),
     (TWO_LEVELS, {"transport": ("all_to_all", "gather"), "layout": "masked"}),
-    (TWO_LEVELS, {"transport": "all_to_all", "wire_capacity": (6, 12), "capacity": 12}),
+    (TWO_LEVELS, {"transport": "all_to_all", "wire_capacity": (TOKENS // RANKS, 2 * TOKENS // RANKS), "capacity": 12}),
     ((1,), {"transport": "all_to_all"}),
 ]
 
 
 @pytest.mark.parametrize("shape, how", ARRIVALS, ids=str)
-@pytest.mark.parametrize("implementation", ["cpu", "xla", *["sim"] * (HOPPER_IMPLEMENTATION == "sim")])
+@pytest.mark.parametrize("implementation", ["cpu", "xla", *[HOPPER_IMPLEMENTATION] * (HOPPER_IMPLEMENTATION != "none")])
 def test_received_rows(shape, how, implementation):
     x, ids, weights = example()
     ranks = math.prod(shape)
@@ -143,11 +146,11 @@ def test_received_rows_of_layout_rank(transport, wire_capacity):
         return received, handle.expert_ids, handle.weights, handle.group_sizes, handle.dropped
 
     received, local_ids, local_weights, sizes, dropped = on_mesh(ONE_LEVEL, f, x, ids, weights)
-    tokens, lost = arriving(x, ids, weights, 8, wire_capacity)
-    share = wire_capacity or TOKENS // 8
+    tokens, lost = arriving(x, ids, weights, RANKS, wire_capacity)
+    share = wire_capacity or TOKENS // RANKS
     np.testing.assert_array_equal(dropped.reshape(-1), lost)
-    for rank in range(8):
-        for source in range(8):
+    for rank in range(RANKS):
+        for source in range(RANKS):
             expected = [token[1:] for token in tokens[rank] if token[0] == source]
             assert sizes[rank, source] == len(expected)
             padding = [(np.zeros(HIDDEN), np.full(TOP_K, -1), np.zeros(TOP_K))] * (share - len(expected))
@@ -165,7 +168,10 @@ def layer(shape, how, back, x, ids, weights, w):
     received, handle = jaxkern.dispatch(x, ids, weights, **options(shape, **how))
     rows = received.reshape(-1, HIDDEN)
     if handle.layout == "rank":
-        each = jnp.tanh(jnp.einsum("rh,ehk->erk", rows, w, precision="highest"))
+        if ON_CPUS:
+            each = jnp.tanh(jnp.einsum("rh,ehk->erk", rows, w, precision="highest"))
+        else:
+            each = jnp.tanh(rows[None, :, : w.shape[-1]] * w[:, :1])
         chosen = handle.expert_ids[None] == jnp.arange(w.shape[0])[:, None, None]
         y = (each * (chosen * handle.weights).sum(-1)[..., None]).sum(0)
     else:
@@ -173,7 +179,10 @@ def layer(shape, how, back, x, ids, weights, w):
             expert = jnp.repeat(jnp.arange(w.shape[0]), received.shape[1])
         else:
             expert = jnp.repeat(jnp.arange(w.shape[0]), handle.group_sizes, total_repeat_length=rows.shape[0])
-        y = jnp.tanh(jnp.einsum("rh,rhk->rk", rows, w[expert], precision="highest"))
+        if ON_CPUS:
+            y = jnp.tanh(jnp.einsum("rh,rhk->rk", rows, w[expert], precision="highest"))
+        else:  # a product there may have other bits for other numbers of rows
+            y = jnp.tanh(rows[:, : w.shape[-1]] * w[expert, 0])
     return jaxkern.combine(y.reshape(*received.shape[:-1], -1), handle, **back)
 
 
@@ -200,20 +209,23 @@ def on_one_device():
 
 BY_EXPERT = {"reduction": "expert"}
 SAME_BITS = [
-    ((8,), {"transport": "all_to_all"}, {}),
-    ((4,), {"layout": "masked"}, {}),
-    ((2, 4), {}, {}),
-    ((4, 2), {"transport": ("all_to_all", "gather"), "layout": "masked"}, {}),
-    ((8,), {}, BY_EXPERT),
-    ((2, 4), {"transport": "all_to_all"}, BY_EXPERT),
+    (ONE_LEVEL, {"transport": "all_to_all"}, {}),
+    ((HALF,), {"layout": "masked"}, {}),
+    (TWO_LEVELS, {}, {}),
+    ((HALF, 2), {"transport": ("all_to_all", "gather"), "layout": "masked"}, {}),
+    (ONE_LEVEL, {}, BY_EXPERT),
+    (TWO_LEVELS, {"transport": "all_to_all"}, BY_EXPERT),
 ]
 
 
 @pytest.mark.parametrize("shape, how, back", SAME_BITS, ids=str)
 def test_same_bits_as_on_one_device(shape, how, back):
-    """The result, and the gradients to tokens, weights and experts."""
-    for got, expected in zip(result_and_gradients(shape, how, back), on_one_device(), strict=True):
-        np.testing.assert_array_equal(got, expected)
+    """The result, and the gradients to tokens, weights and experts. XLA scatters the last, on a GPU in any order."""
+    *got, got_experts = result_and_gradients(shape, how, back)
+    *expected, expected_experts = on_one_device()
+    for x, y in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(x, y)
+    np.testing.assert_allclose(got_experts, expected_experts, rtol=0 if ON_CPUS else 1e-4, atol=0 if ON_CPUS else 1e-5)
 
 
 @pytest.mark.parametrize("shape, how", [((3,), {}), ((2, 3), {"transport": "all_to_all"})], ids=str)
@@ -222,7 +234,7 @@ def test_same_sums_by_expert_on_any_number_of_ranks(shape, how):
     np.testing.assert_array_equal(result_and_gradients(shape, how, BY_EXPERT)[0], on_one_device()[0])
 
 
-@pytest.mark.parametrize("shape, how, back", [((3,), {}, {}), ((2, 4), {"layout": "rank"}, {})], ids=str)
+@pytest.mark.parametrize("shape, how, back", [((3,), {}, {}), (TWO_LEVELS, {"layout": "rank"}, {})], ids=str)
 def test_same_sums_as_on_one_device(shape, how, back):
     for got, expected in zip(result_and_gradients(shape, how, back), on_one_device(), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
@@ -278,7 +290,8 @@ def test_fp8_rows_are_the_quantised_rows(shape, how, scale_format):
         return [[r.values.astype(jnp.float32), jnp.where(holds, b, 0)] for r, b in zip(rows, bits, strict=True)], bits
 
     (expected, *others), (_, *bits) = on_mesh(shape, f, x, ids, weights)
-    assert np.abs(expected[0]).max() == 448
+    largest = np.abs(expected[0]).max()
+    assert largest == 448 or (scale_format == "ue8m0" and 224 < largest)
     for b in bits[1:]:  # rows of no token too: zero bytes
         np.testing.assert_array_equal(b, bits[0])
     for got in others:
@@ -310,7 +323,7 @@ def test_replay_is_the_same_dispatch(shape, how):
 def test_combine_and_weighted_replay_are_transposes():
     """<combine(y), g> = <y, replay(g)>, and each is the other's gradient."""
     x, ids, weights = example()
-    y_seed = np.random.default_rng(5).standard_normal((8, 300, HIDDEN)).astype(np.float32)
+    y_seed = np.random.default_rng(5).standard_normal((RANKS, 300, HIDDEN)).astype(np.float32)
 
     def f(x, ids, weights, y):
         received, handle = jaxkern.dispatch(x, ids, weights, **options(ONE_LEVEL))
@@ -384,7 +397,7 @@ def members(line):
     return len(listed[1].split(",")) if listed else int(re.match(r"\[\d+,(\d+)\]", groups)[1])
 
 
-T8 = TOKENS // 8  # tokens of a rank
+T8 = TOKENS // 8  # tokens of a rank, of eight
 ROW, META, PLACE = 4 * HIDDEN, 4 * TOP_K, 4  # bytes of a token's float32 row, of its ids or weights, of its number
 SCALES = 4 * -(-HIDDEN // 128)
 CROSSES = [
@@ -412,6 +425,7 @@ CROSSES = [
 ]
 
 
+@pytest.mark.skipif(not ON_CPUS, reason="XLA joins the collectives of GPUs, and starts them elsewhere")
 @pytest.mark.parametrize("shape, how, back, expected", CROSSES, ids=lambda v: "" if isinstance(v, list) else str(v))
 def test_what_crosses_one_axis(shape, how, back, expected):
     """A token once for each rank, whatever it carries; nothing else crosses."""
@@ -426,6 +440,7 @@ def test_what_crosses_one_axis(shape, how, back, expected):
     assert collections.Counter(found) == collections.Counter(expected)
 
 
+@pytest.mark.skipif(not ON_CPUS, reason="as above")
 def test_what_crosses_hosts():
     """Node-limited routing bounds the tokens that cross hosts, and only they do; devices exchange inside a host."""
     x, ids, weights = example()
@@ -449,7 +464,7 @@ def test_what_crosses_hosts():
     )
 
 
-@pytest.mark.skipif(jax.default_backend() == "cpu" or jax.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.skipif(ON_CPUS or RANKS < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("how", [{}, {"layout": "rank"}, {"layout": "masked", "wire_capacity": 9}], ids=str)
 def test_ragged_brings_what_slabs_bring(how):
     """Rows, what combine makes of them, and the gradients of both."""
@@ -457,19 +472,19 @@ def test_ragged_brings_what_slabs_bring(how):
 
     def f(transport, x, ids, weights):
         def through(x, weights):
-            received, handle = jaxkern.dispatch(x, ids, weights, **options((2,), transport=transport, **how))
+            received, handle = jaxkern.dispatch(x, ids, weights, **options(ONE_LEVEL, transport=transport, **how))
             back = [{}] if handle.layout == "rank" else [{}, BY_EXPERT]
             return received, [jaxkern.combine(jnp.sin(received), handle, **b) for b in back], handle.dropped
 
         value, vjp = jax.vjp(through, x, weights)
         ones = jax.tree.map(lambda v: v if v.dtype == jnp.float32 else np.zeros(v.shape, jax.dtypes.float0), value)
         fp8 = jaxkern.dispatch(
-            x, ids, weights, quantize="fp8", scale_format="ue8m0", **options((2,), transport=transport, **how)
+            x, ids, weights, quantize="fp8", scale_format="ue8m0", **options(ONE_LEVEL, transport=transport, **how)
         )[0]
         return value, vjp(ones), fp8.values.astype(jnp.float32), fp8.scales.astype(jnp.float32)
 
     results = [
-        on_mesh((2,), functools.partial(f, transport), x, ids, weights) for transport in ("all_to_all", "ragged")
+        on_mesh(ONE_LEVEL, functools.partial(f, transport), x, ids, weights) for transport in ("all_to_all", "ragged")
     ]
     jax.tree.map(np.testing.assert_array_equal, *results)
 
@@ -478,7 +493,7 @@ def test_ragged_brings_what_slabs_bring(how):
 
 
 def test_ragged_needs_a_gpu():
-    if jax.default_backend() != "cpu":
+    if not ON_CPUS:
         pytest.skip("it has one")
     x, ids, weights = example()
     with pytest.raises(NotImplementedError, match="transport 'ragged' does not run on a CPU, only on cuda, rocm, tpu"):
