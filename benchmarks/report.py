@@ -73,6 +73,31 @@ def exchange_table() -> str:
     return "\n".join(lines)
 
 
+def serving_table() -> str:
+    """The committed generation over several GPUs, and where the time of its largest batch goes."""
+    record = json.loads((RESULTS / "serving.json").read_text())
+    machine, model = record["machine"], record["model"]
+    lines = [
+        f"{machine['devices']} x {machine['device']}, JAX {machine['jax']}, {machine['date']}; "
+        f"{model['layers']} layers, {model['dense_layers']} of them dense, {model['experts']} experts, "
+        f"{model['parameters'] / 1e9:.1f} G parameters, {model['bytes_per_device'] / 1e9:.1f} GB of weights a device.",
+        "",
+        "| batch | prompt | prefill, ms | tokens/s | step, ms | tokens/s |",
+        "|--:|--:|--:|--:|--:|--:|",
+    ]
+    for r in record["rows"]:
+        lines.append(
+            f"| {r['batch']} | {r['prompt']} | {r['prefill_ms']:.1f} | {r['prefill_tokens_per_s']:.0f} | "
+            f"{r['step_ms']:.2f} | {r['tokens_per_s']:.0f} |"
+        )
+    for profile in record["profiles"]:
+        shares = {kind: row["us"] / profile["us"] for kind, row in profile["kinds"].items()}
+        shares["idle"] = profile["idle_us"] / profile["us"]
+        listed = ", ".join(f"{kind} {share:.0%}" for kind, share in shares.items() if share >= 0.01)
+        lines += ["", f"A {profile['name']} of the largest batch, {profile['us'] / 1e3:.1f} ms: {listed}."]
+    return "\n".join(lines)
+
+
 def summary() -> str:
     """One line a family: its rows' smallest, median and largest gain."""
     lines = ["| ops | rows | least gain over XLA | median | most |", "|---|--:|--:|--:|--:|"]

@@ -9,7 +9,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks import plan, report  # noqa: E402
 
-TABLES = {"gpu": report.gpu_table, "exchange": report.exchange_table}
+TABLES = {"gpu": report.gpu_table, "exchange": report.exchange_table, "serving": report.serving_table}
 
 
 def on_page_markdown(markdown, **_):
