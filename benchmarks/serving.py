@@ -143,9 +143,10 @@ def choose(options, devices: int, budget: float) -> deepseek.Config:
     experts = most
     while not options.experts and not fits(experts, least):
         experts //= 2
-        # Two experts a group, and as many on every device.
-        if experts < 2 * deepseek.Config.n_group or experts % devices:
+        if experts < 2 * deepseek.Config.n_group:
             raise SystemExit(f"{least} layers do not fit in {budget / 1e9:.1f} GB a device")
+    if experts % devices:
+        raise SystemExit(f"{experts} experts cannot be spread over {devices} devices")
     layers = least
     while not options.layers and layers < MOST_LAYERS and fits(experts, layers + 1):
         layers += 1

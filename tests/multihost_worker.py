@@ -151,6 +151,7 @@ CASES = {
     "generation": Case(functools.partial(generation, names=LEVELS), 0, 1e-5),
 }
 CASES = {name: case for name, case in CASES.items() if re.search(os.environ.get("JAXKERN_TEST_CASES", ""), name)}
+assert CASES, "JAXKERN_TEST_CASES chooses none"
 
 
 def fetch(x) -> np.ndarray:

@@ -186,6 +186,28 @@ def test_a_request_has_the_same_bits_alone_and_in_a_batch(dtype):
             np.testing.assert_array_equal(one[1][0], lse[i])
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP8])
+@pytest.mark.parametrize(
+    "heads,lengths",
+    [
+        pytest.param(70, [192] * 12, id="whole requests, four a block"),
+        pytest.param(16, [1 + 37 * i % 300 for i in range(40)], id="more than a warp has lanes"),
+        pytest.param(1, [i % 4 * 5 for i in range(1100)], id="more than threads", marks=pytest.mark.slow),
+    ],
+)
+def test_a_block_takes_many_pieces(heads, lengths, dtype, simulator):
+    """Of whole requests and of parts; and each request has the bits that it has alone."""
+    simulator.configure(multiprocessors=6)
+    arrays = operands(1, heads, 64, lengths, dtype)
+    check(arrays, decode(arrays), True)
+    q, cache, table, seq_lens = arrays
+    out, lse = decode(arrays, num_splits=1)
+    for i in range(3, len(lengths), max(4, len(lengths) // 3)):
+        one = decode((q[i : i + 1], cache, table[i : i + 1], seq_lens[i : i + 1]), num_splits=1)
+        np.testing.assert_array_equal(one[0][0], out[i])
+        np.testing.assert_array_equal(one[1][0], lse[i])
+
+
 @pytest.mark.skipif(HOPPER_IMPLEMENTATION != "sim", reason="a GPU has the multiprocessors that it has")
 @pytest.mark.parametrize("dtype", [BF16, FP8])
 @pytest.mark.parametrize("multiprocessors", [1, 3, 132])

@@ -35,8 +35,9 @@ ffi::Error mla_decode(cuda::Stream stream, Buffer q, Buffer cache, Buffer block_
   check.dtype("block_table", block_table, {S32});
   check.shape("seq_lens", seq_lens, {batch});
   check.dtype("seq_lens", seq_lens, {S32});
-  check.that(is_size(pages * page) && table_pages * page < (int64_t{1} << 31) && is_size(batch * queries * heads + 1),
-             "rows of the cache, of a table and of q must be int32");
+  check.that(is_size(pages * page) && table_pages * page < (int64_t{1} << 31) && is_size(batch * queries * heads + 1) &&
+                 is_size(batch * (table_pages * page / 64 + 1) + 1),
+             "rows of the cache, of a table and of q, and all blocks of keys must be int32");
   check.shape("out", *out, {batch, queries, heads, cuda::mla_latent});
   check.dtype("out", *out, {q.element_type()});
   check.shape("lse", *lse, {batch, queries, heads});

@@ -5,6 +5,7 @@
 //     static constexpr int threads = 128;           // of a block
 //     static constexpr int registers = 168;         // of a thread at launch; only for kernels that use setmaxnreg
 //     static constexpr int resident = 2;            // blocks that the registers of a multiprocessor must hold; else 1
+//     static constexpr bool starts_early = true;    // see below; else false
 //     struct Params { ... };                        // passed by value, as a grid constant
 //     struct Smem { ... };                          // the block's shared memory
 //     DEVICE static void run(const Params& params, Smem& shared) { ... }
@@ -39,7 +40,10 @@ constexpr int resident_of() {
 // Whether K may start before the kernel ahead of it has ended; it waits for that one by griddepcontrol_wait.
 template <typename K>
 constexpr bool starts_early() {
-  return requires { K::starts_early; };
+  if constexpr (requires { K::starts_early; })
+    return K::starts_early;
+  else
+    return false;
 }
 
 #ifdef JAXKERN_SIM

@@ -359,8 +359,8 @@ struct MlaDecodeKernel {
   };
 
   // Every block of keys is one warpgroup's, by turns, which also is its stage: that one computes its logits and
-  // weights. While it does, the tensor cores add the values of the block before, and compute the logits of the block
-  // after.
+  // weights. Meanwhile the other's next block comes, for which there would not be the time in a step that both took
+  // together: a stage is empty only when the values of its block are added.
   DEVICE static void attend(const Params& p, Smem& s, int half) {
     MlaWalk walk(p.sizes);
     Piece piece;
@@ -643,8 +643,8 @@ struct MlaDecodeKernel {
   }
 };
 
-// The rows whose keys several pieces share: their results, in the order of the keys. A block for each row, a
-// thread for four columns.
+// The rows whose keys several pieces share: their results, in the order of the keys. A block takes a row at
+// a time, a thread four columns.
 template <typename T>
 struct MlaMergeKernel {
   static constexpr bool starts_early = true;

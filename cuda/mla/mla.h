@@ -30,7 +30,7 @@ struct MlaDecode {
   float* partial_lse;  // workspace [mla_slots, mla_rows]
   float softmax_scale;
   bool causal;
-  int64_t num_splits;  // parts of a request; 0: all requests together are cut into as many as there are blocks
+  int64_t num_splits;  // parts of a request; 0: as schedule.h cuts them, for the blocks that there are
   int64_t batch, queries, heads;
   int64_t pages, page, table_pages;
 };

@@ -9,12 +9,14 @@ from jaxkern.reference.quantize import expand_blocks
 
 def gemm(a, a_scales, b, b_scales, accumulator, *, a_block, b_block, transpose_a, transpose_b, accumulate, out_dtype):
     """a [batch, m, k], b [batch or 1, n, k], or each stored the other way round -> [batch, m, n]."""
-    if a.dtype != b.dtype or a.dtype.itemsize != 2:  # of bfloat16 a GPU has products, with sums in float32
+    halves = a.dtype == b.dtype and a.dtype.itemsize == 2  # of these a GPU has products, with sums in float32
+    if not halves:
         a, b = _plain(a, a_scales, a_block), _plain(b, b_scales, b_block)
     a = a.swapaxes(1, 2) if transpose_a else a
     b = b.swapaxes(1, 2) if transpose_b else b
     b = jnp.broadcast_to(b, (a.shape[0], *b.shape[1:]))
     out = jnp.einsum("bmk,bnk->bmn", a, b, precision="highest", preferred_element_type=jnp.float32)
+    out = jax.lax.optimization_barrier(out) if halves else out  # or XLA may add parts of a sum in bfloat16
     if accumulate:
         out += accumulator.astype(jnp.float32)
     return (out.astype(out_dtype),)
