@@ -286,8 +286,9 @@ def _hopper_workspaces(q, *_, num_splits, **__):
     """The schedule, and partial results in groups of 64 rows: see cuda/mla/mla.h."""
     b, s, h, _ = q.shape
     groups = -(-(s * h) // 64)
-    slots = b * groups * num_splits if num_splits else b * groups + max(groups, 160)
-    return [((b + 1 + 160 + 2,), jnp.int32), ((slots, 64, 512), jnp.float32), ((slots, 64), jnp.float32)]
+    parts = 160  # most_mla_parts
+    slots = b * groups * num_splits if num_splits else b * groups + max(groups, parts)
+    return [((b + 1 + parts + 2,), jnp.int32), ((slots, 64, 512), jnp.float32), ((slots, 64), jnp.float32)]
 
 
 MLA_DECODE = _ffi.Op(

@@ -88,8 +88,8 @@ def mesh(devices: int, kind: AxisType = AxisType.Auto, shape=None, names=("x",))
     return jax.make_mesh(shape or (devices,), names, axis_types=(kind,) * len(names), devices=jax.devices()[:devices])
 
 
-def mesh_of_four(kind: AxisType = AxisType.Auto):
-    """Where there are but two GPUs, of both."""
+def mesh_of_up_to_four(kind: AxisType = AxisType.Auto):
+    """Of four devices, or of both where there are but two GPUs."""
     return mesh(2 if jax.device_count() == 2 else 4, kind)
 
 

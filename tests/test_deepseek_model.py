@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from deepseek_tools import GOLDEN, SMALL, expected, mesh, mesh_of_four, public, read_tensors, small_model, tokens
+from deepseek_tools import GOLDEN, SMALL, expected, mesh, mesh_of_up_to_four, public, read_tensors, small_model, tokens
 from flax import nnx
 from jax.sharding import AxisType
 
@@ -42,7 +42,7 @@ def test_dequantized_weights_give_the_same_logits():
     "on",
     [
         pytest.param(lambda: None, id="one device"),
-        pytest.param(lambda: mesh_of_four(AxisType.Explicit), id="4 devices, explicit"),
+        pytest.param(lambda: mesh_of_up_to_four(AxisType.Explicit), id="4 devices, explicit"),
     ],
 )
 def test_golden_gradients(on):

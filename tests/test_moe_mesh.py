@@ -291,7 +291,7 @@ def test_fp8_rows_are_the_quantised_rows(shape, how, scale_format):
 
     (expected, *others), (_, *bits) = on_mesh(shape, f, x, ids, weights)
     largest = np.abs(expected[0]).max()
-    assert largest == 448 or (scale_format == "ue8m0" and 224 < largest)
+    assert largest == 448 or (not ON_CPUS and scale_format == "ue8m0" and 224 < largest)
     for b in bits[1:]:  # rows of no token too: zero bytes
         np.testing.assert_array_equal(b, bits[0])
     for got in others:

@@ -63,7 +63,7 @@ struct MlaDecodeKernel {
     Tile<tile_bytes> q[width_tiles];
     Tile<tile_bytes> keys[stages][width_tiles];
     Tile<tile_bytes> weights;                                // [64 rows][64 keys]
-    Shared<float> largest[2][mla_rows], total[2][mla_rows];  // of each warpgroup's keys
+    Shared<float> largest[2][mla_rows], total[2][mla_rows];  // of each warpgroup's blocks: see Rows
     Shared<uint32_t> exists[stages][2];                      // a bit a key
     Barrier full[stages][parts], empty[stages][parts], q_full, q_empty;
   };
@@ -643,8 +643,8 @@ struct MlaDecodeKernel {
   }
 };
 
-// The rows whose keys several pieces share: their results, in the order of the keys. A block takes a row at
-// a time, a thread four columns.
+// The rows whose keys several pieces share: their results, in the order of the keys. A block takes a row at a time, a
+// thread four columns.
 template <typename T>
 struct MlaMergeKernel {
   static constexpr bool starts_early = true;

@@ -64,7 +64,7 @@ def generate(
     stops = np.atleast_1d(np.asarray(() if stops is None else stops, np.int32))
     stops_early = len(stops) > 0
     if not stops_early:
-        stops = np.full(1, -1, np.int32)  # no token: JAX 0.11.2 ends while it compiles a mapped array without elements
+        stops = np.full(1, -1, np.int32)  # no token; of an empty array on a mesh JAX 0.11.2 crashes
     vocab = model.config.vocab_size
     sampling = (None if temperature == 0 else min(top_k or vocab, vocab), top_p is not None)
     scalars = (np.uint32(seed & 0xFFFFFFFF), np.float32(temperature), np.float32(1.0 if top_p is None else top_p))
