@@ -36,12 +36,11 @@ struct Dense {
   static constexpr int registers = 168;
   static constexpr int strip = swizzle_row / sizeof(Out);  // columns of one store
   static constexpr int strips = tile_n / strip;
-  static constexpr int staged = tile_m == 256 ? 1 : strips;  // at a time; of the large tile few, to have a fourth stage
   static constexpr int stage_bytes =
       (tile_m + tile_n) * block_k + (scaled ? tile_m * 4 : 0) + (b_rows ? tile_n * 4 : 0);
-  static constexpr int staging_bytes = math_groups * staged * 64 * swizzle_row;
+  static constexpr int staging_bytes = math_groups * slabs * strips * 64 * swizzle_row;
   static constexpr int most_stages =
-      (max_shared_bytes - staging_bytes - sizeof(typename Schedule::Smem) - 2048) / stage_bytes;
+      (max_shared_bytes - staging_bytes - sizeof(typename Schedule::Smem) - 256) / stage_bytes;
   static constexpr int stages = most_stages < 8 ? most_stages : 8;
   static_assert(stages >= 3);
   static std::string name() {
@@ -55,7 +54,7 @@ struct Dense {
   struct Smem {
     Tile<tile_m * block_k> a[stages];
     Tile<tile_n * block_k> b[stages];
-    Tile<64 * swizzle_row> staging[math_groups][staged];
+    Tile<64 * swizzle_row> staging[math_groups][slabs][strips];
     Shared<float> a_scales[stages][scaled ? tile_m : 1];
     Shared<float> b_scales[stages][b_rows ? tile_n : 1];
     Barrier full[stages], empty[stages];
@@ -167,78 +166,112 @@ struct Dense {
 #pragma unroll
         for (int i = 0; i < tile_n / 2; ++i) totals[slab][i] = 0;
 
-      constexpr bool b_blocks = scaled && !b_rows;
-      BlockScales<tile_n> next;
-      if constexpr (b_blocks) next.load(p, w, 0);
-      for (int k = 0; k < w.k_blocks; ++k, at.advance()) {
-        BlockScales<tile_n> b_scales = next;
-        if constexpr (b_blocks) next.load(p, w, k + 1 < w.k_blocks ? k + 1 : k);  // a stage ahead of its use
+      Stage now;
+      BlockScales b_scales(p, w);
+      auto prepare = [&](int k) {
+        b_scales.load(p, k);
+        now.at(s, at.stage, group);
         mbarrier_wait(s.full[at.stage], at.phase);
         if constexpr (Schedule::tails)
           if (k == w.k_blocks - 1 && w.tail < block_k) clear_tail(s, at.stage, w.tail);
+        at.advance();
+      };
+      if (w.k_blocks > 0) prepare(0);
+      for (int k = 0; k < w.k_blocks; ++k) {
+        // While the tensor cores are at work: between two products it would keep them waiting.
+        auto prepare_next = [&] {
+          if (k + 1 < w.k_blocks) prepare(k + 1);
+        };
         if constexpr (scaled)
-          add_scaled_stage(s, at.stage, group, b_scales, totals);
+          add_scaled_stage(s, now, group, b_scales, totals, prepare_next);
         else
-          add_stage(s, at.stage, group, totals);
+          add_stage(s, now, totals, prepare_next);
       }
-#pragma unroll
-      for (int slab = 0; slab < slabs; ++slab) store(p, s, w, group, slab, totals[slab]);
+      store(p, s, w, group, totals);
     });
     if (scaled && group == 0) bar_sync(turn, 2 * warpgroup_size);  // the other's last turn
     if (thread_index() % warpgroup_size == 0) bulk_wait_group<0>();
   }
 
-  // The scales of a tile's columns, one for each `width` of them.
-  template <int columns>
-  struct BlockScales {
-    static constexpr int width = columns % 128 == 0 ? 128 : 64;
-    float value[columns / width];
+  // What a warpgroup's products of a stage read.
+  struct Stage {
+    int index;
+    uint64_t a, b;
 
-    DEVICE void load(const Params& p, Work w, int k) {
+    DEVICE void at(Smem& s, int stage, int group) {
+      index = stage;
+      a = operand(s.a[stage].data + group * slabs * slab_bytes);
+      b = operand(&s.b[stage]);
+    }
+  };
+  static constexpr int slab_bytes = 64 * block_k, slab_step = slab_bytes / 16;  // in units of a descriptor
+
+  // The scales of b for a tile's columns and one stage, one for each `width` of them, if b has them in blocks.
+  struct BlockScales {
+    static constexpr int width = tile_n % 128 == 0 ? 128 : 64;
+    static constexpr int count = scaled && !b_rows ? tile_n / width : 0;
+    int first[count + 1];  // 2^31 scales are those of more than any GPU holds
+    float value[count + 1];
+
+    DEVICE BlockScales(const Params& p, Work w) {
 #pragma unroll
-      for (int i = 0; i < columns / width; ++i) {
+      for (int i = 0; i < count; ++i) {
         int block = (w.column + i * width) / 128, last = (p.n - 1) / 128;
-        int64_t row = int64_t(w.b_batch) * (last + 1) + (block < last ? block : last);
-        value[i] = load_global<float>(p.b_scales, row * p.k_blocks + k);
+        first[i] = (w.b_batch * (last + 1) + (block < last ? block : last)) * p.k_blocks;
       }
+    }
+
+    DEVICE void load(const Params& p, int k) {
+#pragma unroll
+      for (int i = 0; i < count; ++i) value[i] = load_global<float>(p.b_scales, first[i] + k);
     }
   };
 
-  // totals += the products of one stage, each sum over its 128 of k times both scales.
-  DEVICE static void add_scaled_stage(Smem& s, int stage, int group, const BlockScales<tile_n>& b_scales,
-                                      float (&totals)[slabs][tile_n / 2]) {
+  // totals += the products of one stage, each sum over its 128 of k times both scales. The stage after it is prepared
+  // while the last product runs.
+  template <typename Prepare>
+  DEVICE static void add_scaled_stage(Smem& s, const Stage& now, int group, const BlockScales& b_scales,
+                                      float (&totals)[slabs][tile_n / 2], Prepare prepare_next) {
 #pragma unroll
     for (int slab = 0; slab < slabs; ++slab) {
-      int row = (group * slabs + slab) * 64;
       float sums[tile_n / 2];
       bar_sync(turn + group, 2 * warpgroup_size);
-      multiply_stage<Format, tile_n>(sums, s.a[stage].data + row * block_k, &s.b[stage]);
+      multiply_stage<Format, tile_n>(sums, now.a + slab * slab_step, now.b);
       bar_arrive(turn + 1 - group, 2 * warpgroup_size);
-      float upper = load(s.a_scales[stage][row + fragment_row(0)]);
-      float lower = load(s.a_scales[stage][row + fragment_row(2)]);
+      auto& scales = s.a_scales[now.index];
+      int row = (group * slabs + slab) * 64;
+      float rows[2] = {load(scales[row + fragment_row(0)]), load(scales[row + fragment_row(2)])};
       Pack<float, 2> columns[b_rows ? tile_n / 8 : 1];
-      if constexpr (b_rows)
+      float blocks[2][BlockScales::count + 1];
+      if constexpr (b_rows) {
 #pragma unroll
-        for (int j = 0; j < tile_n / 8; ++j) columns[j] = load_pack<2>(s.b_scales[stage][fragment_column(4 * j)]);
+        for (int j = 0; j < tile_n / 8; ++j) columns[j] = load_pack<2>(s.b_scales[now.index][fragment_column(4 * j)]);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 2 * BlockScales::count; ++j) blocks[j % 2][j / 2] = rows[j % 2] * b_scales.value[j / 2];
+      }
+      int stage = now.index;
+      if (slab == slabs - 1) prepare_next();
       wgmma_wait_group<0>(sums);
       if (slab == slabs - 1) release(s.empty[stage]);
 #pragma unroll
       for (int i = 0; i < tile_n / 2; ++i) {
-        float scale = i / 2 % 2 ? lower : upper;
         if constexpr (b_rows)
-          totals[slab][i] += scale * columns[i / 4].item[i % 2] * sums[i];
+          totals[slab][i] += rows[i / 2 % 2] * columns[i / 4].item[i % 2] * sums[i];
         else
-          totals[slab][i] += scale * b_scales.value[i / 4 * 8 / BlockScales<tile_n>::width] * sums[i];
+          totals[slab][i] += blocks[i / 2 % 2][i / 4 * 8 / BlockScales::width] * sums[i];
       }
     }
   }
 
   // The same without scales: the tensor cores add it up themselves.
-  DEVICE static void add_stage(Smem& s, int stage, int group, float (&totals)[slabs][tile_n / 2]) {
+  template <typename Prepare>
+  DEVICE static void add_stage(Smem& s, const Stage& now, float (&totals)[slabs][tile_n / 2], Prepare prepare_next) {
 #pragma unroll
     for (int slab = 0; slab < slabs; ++slab)
-      multiply_stage<Format, tile_n>(totals[slab], s.a[stage].data + (group * slabs + slab) * 64 * block_k,
-                                     &s.b[stage]);
+      multiply_stage<Format, tile_n>(totals[slab], now.a + slab * slab_step, now.b);
+    int stage = now.index;
+    prepare_next();
     if constexpr (slabs == 1)
       wgmma_wait_group<0>(totals[0]);
     else
@@ -284,38 +317,44 @@ struct Dense {
     bar_sync(3, math_groups * warpgroup_size);
   }
 
-  DEVICE static void store(const Params& p, Smem& s, Work w, int group, int slab, float (&totals)[tile_n / 2]) {
-    int first_row = w.row + (group * slabs + slab) * 64, first_column = w.column;
-    if (p.accumulator.size) {
+  DEVICE static void store(const Params& p, Smem& s, Work w, int group, float (&totals)[slabs][tile_n / 2]) {
+    int first_row = w.row + group * slabs * 64;
+    if (!Schedule::edges && p.accumulator.size) {
 #pragma unroll
-      for (int i = 0; i < tile_n / 2; i += 2) {
-        int row = first_row + fragment_row(i), column = first_column + fragment_column(i);
-        if (row < w.row_end && column < p.n) {
-          Pair<Out> pair = load_pair(p.accumulator, (int64_t(w.batch) * p.m + row) * p.n + column);
-          totals[i] += low_of(pair);
-          totals[i + 1] += high_of(pair);
+      for (int slab = 0; slab < slabs; ++slab)
+#pragma unroll
+        for (int i = 0; i < tile_n / 2; i += 2) {
+          int row = first_row + slab * 64 + fragment_row(i), column = w.column + fragment_column(i);
+          if (row < w.row_end && column < p.n) {
+            Pair<Out> pair = load_pair(p.accumulator, (int64_t(w.batch) * p.m + row) * p.n + column);
+            totals[slab][i] += low_of(pair);
+            totals[slab][i + 1] += high_of(pair);
+          }
         }
-      }
-    }
-    if constexpr (Schedule::edges) {
-      if (first_row + 64 > w.row_end) return store_rows(p, w, first_row, totals);
     }
     bool first = thread_index() % warpgroup_size == 0;
+    if (first) bulk_wait_group_read<0>();  // the staging has been stored from
+    bar_sync(1 + group, warpgroup_size);
 #pragma unroll
-    for (int i = 0; i < strips; i += staged) {
-      if (first) bulk_wait_group_read<0>();  // the staging has been stored from
-      bar_sync(1 + group, warpgroup_size);
+    for (int slab = 0; slab < slabs; ++slab) {
+      if (Schedule::edges && first_row + (slab + 1) * 64 > w.row_end)
+        store_rows(p, w, first_row + slab * 64, totals[slab]);
+      else
 #pragma unroll
-      for (int j = 0; j < staged; ++j) stage(shared_address(&s.staging[group][j]), totals, (i + j) * strip, Out{});
-      fence_proxy_async();
-      bar_sync(1 + group, warpgroup_size);
-      if (first) {
-        for (int j = 0; j < staged; ++j)
-          cp_async_bulk_tensor_store<3>(p.out, {first_column + (i + j) * strip, first_row, w.batch},
-                                        &s.staging[group][j]);
-        bulk_commit_group();
-      }
+        for (int i = 0; i < strips; ++i)
+          stage(shared_address(&s.staging[group][slab][i]), totals[slab], i * strip, Out{});
     }
+    fence_proxy_async();
+    bar_sync(1 + group, warpgroup_size);
+    if (!first) return;
+#pragma unroll
+    for (int slab = 0; slab < slabs; ++slab) {
+      if (Schedule::edges && first_row + (slab + 1) * 64 > w.row_end) continue;
+      for (int i = 0; i < strips; ++i)
+        cp_async_bulk_tensor_store<3>(p.out, {w.column + i * strip, first_row + slab * 64, w.batch},
+                                      &s.staging[group][slab][i]);
+    }
+    bulk_commit_group();
   }
 
   // The rows of 64 that are the group's; the copy engine would write all of them.

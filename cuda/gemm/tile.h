@@ -45,12 +45,15 @@ struct Unscaled {
   static constexpr bool scaled = false, b_rows = false;
 };
 
-// sums = left right^T over one stage, for the 64 rows that start at `left`; unscaled, it is added to sums. In flight
-// when it returns.
+// What a product of one stage reads from `rows` on.
+DEVICE uint64_t operand(const void* rows) {
+  return matrix_descriptor(shared_address(rows), 0, swizzle_group, Swizzle::bytes_128);
+}
+
+// sums = a b^T over one stage, for 64 rows of the left operand; unscaled, it is added to sums. In flight when it
+// returns.
 template <typename Format, int n>
-DEVICE void multiply_stage(float (&sums)[n / 2], const void* left, const void* right AND_WHERE) {
-  uint64_t a = matrix_descriptor(shared_address(left), 0, swizzle_group, Swizzle::bytes_128);
-  uint64_t b = matrix_descriptor(shared_address(right), 0, swizzle_group, Swizzle::bytes_128);
+DEVICE void multiply_stage(float (&sums)[n / 2], uint64_t a, uint64_t b AND_WHERE) {
   wgmma_fence(SIM(where));
 #pragma unroll
   for (int k = 0; k < block_k / 32; ++k) {
