@@ -16,7 +16,7 @@ namespace jaxkern::cuda::kernels {
 
 template <typename Schedule, typename Out>
 struct DenseParams {
-  TensorMap a, b, out;  // matrices of a batch each: [batch, m, k], [b_batch, n, k], [batch, m, n]
+  TensorMap a, b, out;  // matrices of a batch each: [batch, m, k], [b_batch, n, k], [batch, m, n]; or [k, m], [k, n]
   TensorMap a_scales_map, b_scales_map;
   Global<const float> a_scales, b_scales;
   Global<const Out> accumulator;  // empty: none
@@ -29,6 +29,7 @@ struct DenseParams {
 template <typename Schedule, int tile_m, int tile_n, int cluster, typename Format, typename Out>
 struct Dense {
   static constexpr bool scaled = Format::scaled, b_rows = Format::b_rows;
+  static constexpr int stage_k = Format::stage_k;
   static_assert(tile_m % 128 == 0 && tile_n % 64 == 0 && (tile_n <= 128 || !b_rows));
   static constexpr int math_groups = 2;
   static constexpr int slabs = tile_m / math_groups / 64;  // of 64 rows, for each warpgroup
@@ -119,27 +120,40 @@ struct Dense {
     for_tiles(p, s, [&](Work w) {
       for (int k = w.first_k; k < w.first_k + w.k_blocks; ++k, at.advance()) {
         mbarrier_wait(s.empty[at.stage], at.phase ^ 1);
+        int element = w.start + k * stage_k;
         bool scales = scaled && p.scales_by_copy_engine;
         mbarrier_arrive_expect_tx(s.full[at.stage], scales ? stage_bytes : (tile_m + tile_n) * block_k);
         if (scales) {
-          cp_async_bulk_tensor<2>(&s.a_scales[at.stage], p.a_scales_map, {w.row, w.a_batch * p.k_blocks + k},
+          int block = element / block_k;
+          cp_async_bulk_tensor<2>(&s.a_scales[at.stage], p.a_scales_map, {w.row, w.a_batch * p.k_blocks + block},
                                   s.full[at.stage]);
           if constexpr (b_rows)
-            cp_async_bulk_tensor<2>(&s.b_scales[at.stage], p.b_scales_map, {w.column, w.b_batch * p.k_blocks + k},
+            cp_async_bulk_tensor<2>(&s.b_scales[at.stage], p.b_scales_map, {w.column, w.b_batch * p.k_blocks + block},
                                     s.full[at.stage]);
         }
-        cp_async_bulk_tensor<3>(&s.a[at.stage], p.a, {k * block_k, w.row, w.a_batch}, s.full[at.stage]);
-        if constexpr (cluster == 1) {
-          cp_async_bulk_tensor<3>(&s.b[at.stage], p.b, {k * block_k, w.column, w.b_batch}, s.full[at.stage]);
-        } else {
-          constexpr int part = tile_n / cluster;
-          int rank = cluster_rank();
-          cp_async_bulk_tensor_multicast<3>(s.b[at.stage].data + rank * part * block_k, p.b,
-                                            {k * block_k, w.column + rank * part, w.b_batch}, s.full[at.stage],
-                                            (1 << cluster) - 1);
-        }
+        copy_rows<tile_m, 1>(s.a[at.stage].data, p.a, w.row, element, w.a_batch, s.full[at.stage]);
+        constexpr int part = tile_n / cluster;
+        int first = cluster == 1 ? 0 : cluster_rank() * part;
+        copy_rows<part, cluster>(s.b[at.stage].data + first * block_k, p.b, w.column + first, element, w.b_batch,
+                                 s.full[at.stage]);
       }
     });
+  }
+
+  // What a stage needs of the rows of an operand, from `row` and from `element` of k on, into `blocks` blocks of the
+  // cluster.
+  template <int rows, int blocks>
+  DEVICE static void copy_rows(uint8_t* to, const TensorMap& map, int row, int element, int batch, Barrier& full) {
+    constexpr int element_bytes = block_k / stage_k, box = Format::k_major ? rows : box_columns;
+#pragma unroll
+    for (int i = 0; i < rows; i += box) {
+      int x = Format::k_major ? element : row + i, y = Format::k_major ? row + i : element;
+      if constexpr (blocks == 1)
+        cp_async_bulk_tensor<3>(to + i * block_k, map, {x * element_bytes, y, batch}, full);
+      else
+        cp_async_bulk_tensor_multicast<3>(to + i * block_k, map, {x * element_bytes, y, batch}, full,
+                                          (1 << blocks) - 1);
+    }
   }
 
   DEVICE static void produce_scales(const Params& p, Smem& s) {
@@ -147,9 +161,10 @@ struct Dense {
     for_tiles(p, s, [&](Work w) {
       for (int k = w.first_k; k < w.first_k + w.k_blocks; ++k, at.advance()) {
         mbarrier_wait(s.empty[at.stage], at.phase ^ 1);
-        copy_scales(s.a_scales[at.stage], p.a_scales, int64_t(w.a_batch) * p.k_blocks + k, w.row, p.m);
+        int block = w.start / block_k + k;
+        copy_scales(s.a_scales[at.stage], p.a_scales, int64_t(w.a_batch) * p.k_blocks + block, w.row, p.m);
         if constexpr (b_rows)
-          copy_scales(s.b_scales[at.stage], p.b_scales, int64_t(w.b_batch) * p.k_blocks + k, w.column, p.n);
+          copy_scales(s.b_scales[at.stage], p.b_scales, int64_t(w.b_batch) * p.k_blocks + block, w.column, p.n);
         cp_async_mbarrier_arrive(s.full[at.stage]);
       }
     });
@@ -175,7 +190,7 @@ struct Dense {
         if constexpr (b_blocks) next.load(p, w, k + 1 < w.k_blocks ? k + 1 : k);  // a stage ahead of its use
         mbarrier_wait(s.full[at.stage], at.phase);
         if constexpr (Schedule::tails)
-          if (k == w.k_blocks - 1 && w.tail < block_k) clear_tail(s, at.stage, w.tail);
+          if (k == w.k_blocks - 1 && w.tail < stage_k) clear_tail(s, at.stage, w.tail);
         if constexpr (scaled)
           add_scaled_stage(s, at.stage, group, b_scales, totals);
         else
@@ -262,8 +277,18 @@ struct Dense {
   }
 
   // What k beyond the group's end holds is another's, or nobody's: it becomes zero in both operands. By all math
-  // threads, a row each.
+  // threads.
   DEVICE static void clear_tail(Smem& s, int stage, int tail) {
+    if constexpr (Format::k_major)
+      clear_bytes(s, stage, tail);
+    else
+      clear_rows(s, stage, tail);
+    fence_proxy_async();
+    bar_sync(3, math_groups * warpgroup_size);
+  }
+
+  // The last bytes of every row: a thread takes a row.
+  DEVICE static void clear_bytes(Smem& s, int stage, int tail) {
     for (int row = thread_index(); row < tile_m + tile_n; row += math_groups * warpgroup_size) {
       int r = row < tile_m ? row : row - tile_m;
       uint32_t at = shared_address(row < tile_m ? s.a[stage].data : s.b[stage].data) + r * swizzle_row;
@@ -280,8 +305,17 @@ struct Dense {
         store_shared(address, bytes);
       }
     }
-    fence_proxy_async();
-    bar_sync(3, math_groups * warpgroup_size);
+  }
+
+  // The last rows of every 64 columns: a thread takes 16 bytes.
+  DEVICE static void clear_rows(Smem& s, int stage, int tail) {
+    constexpr int box_bytes = stage_k * swizzle_row;
+    for (int i = 0; i < tile_m + tile_n; i += box_columns) {
+      uint32_t box =
+          shared_address(i < tile_m ? s.a[stage].data + i * block_k : s.b[stage].data + (i - tile_m) * block_k);
+      for (int at = tail * swizzle_row + thread_index() * 16; at < box_bytes; at += math_groups * warpgroup_size * 16)
+        store_shared(box + at, Pack<uint32_t, 4>{0, 0, 0, 0});
+    }
   }
 
   DEVICE static void store(const Params& p, Smem& s, Work w, int group, int slab, float (&totals)[tile_n / 2]) {
