@@ -169,6 +169,7 @@ def cases(family: str | None, quick: bool) -> list[Case]:
             found += [grouped_bf16_case(g, m, n, k) for g, m in ((8, 4096), (32, 128), (32, 16))]
             found += [masked_case(g, m, 4096, n, k) for g, m in ((6, 1024), (32, 192), (6, 20), (32, 20))]
             found += [k_grouped_case(g, m, n, k) for g, m in ((4, 8192), (8, 4096))]
+            found += [k_grouped_bf16_case(g, m, n, k) for g, m in ((4, 8192), (8, 4096), (32, 128))]
     if family in (None, "mla"):
         lengths = [(128, 1, 128, 4096), (128, 1, 16, 4096)]
         if not quick:
@@ -333,6 +334,45 @@ def k_grouped_case(groups: int, rows: int, m: int, n: int) -> Case:
             "XLA bf16 batched": Form(batched, lambda t: (t["a"], t["b"]), fp8=False),
         },
         "dequantise, bf16 batched",
+    )
+
+
+def k_grouped_bf16_case(groups: int, rows: int, m: int, n: int) -> Case:
+    t = groups * rows
+
+    def tensors(seed):
+        key_a, key_b = jax.random.split(jax.random.key(seed))
+        sizes = jnp.full(groups, rows, jnp.int32)
+        return {
+            "a": jax.random.normal(key_a, (t, m), BF16),
+            "b": jax.random.normal(key_b, (t, n), BF16),
+            "sizes": sizes,
+        }
+
+    def batched(a, b, _):
+        a, b = a.reshape(groups, rows, m), b.reshape(groups, rows, n)
+        return jnp.einsum("gtm,gtn->gmn", a, b, preferred_element_type=jnp.float32)
+
+    along_rows = jax.lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), [0], [])
+
+    def ragged(a, b, sizes):
+        return jax.lax.ragged_dot_general(a, b, sizes, along_rows, preferred_element_type=jnp.float32)
+
+    def pick(t):
+        return t["a"], t["b"], t["sizes"]
+
+    return Case(
+        "grouped",
+        "k_grouped_gemm bf16",
+        f"{groups}x{rows}x{m}x{n}",
+        2 * t * m * n,
+        tensors,
+        {
+            "ours": Form(functools.partial(jaxkern.k_grouped_gemm, implementation="cuda"), pick, fp8=False),
+            "XLA bf16 batched": Form(batched, pick, fp8=False),
+            "ragged_dot bf16": Form(ragged, pick, fp8=False),
+        },
+        "XLA bf16 batched",
     )
 
 

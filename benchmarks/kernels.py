@@ -294,8 +294,9 @@ GEMMS = [
 ]
 # Rows, n, k and sizes of groups: of few rows, of more than a tile, empty, and rows that are nobody's.
 GROUPED = [(520, 192, 640, (1, 0, 20, 40, 300, 70)), (500, 336, 384, (130, 64, 200)), (1300, 144, 640, (600, 650))]
-# k, m, n: an empty group, one that fills its last block, one that does not, and what is nobody's after it.
-K_GROUPED = [(896, 200, 144, (0, 256, 130, 0, 1))]
+# k, m, n: an empty group, one that fills its last block, one that does not, and what is nobody's after it. Then one
+# whose m fills tiles of 256 rows.
+K_GROUPED = [(896, 200, 144, (0, 256, 130, 0, 1)), (400, 512, 144, (0, 256, 130, 0, 1))]
 QUANTIZED = (150, 656)
 TOKENS = (20, 0, 129)
 
@@ -356,6 +357,8 @@ def simulate(seeds: int = 8) -> tuple[dict[str, Row], str]:
     for k, m, n, sizes in K_GROUPED:
         a, b, sizes = quantize(normal(m, k)), quantize(normal(n, k)), jnp.asarray(sizes, jnp.int32)
         check(functools.partial(k_grouped_gemm, a, b, sizes, group_alignment=128), rtol=1e-5, atol=1e-3)
+        a, b = normal(k, m).astype(jnp.bfloat16), normal(k, n).astype(jnp.bfloat16)
+        check(functools.partial(k_grouped_gemm, a, b, sizes), rtol=1e-5, atol=1e-3)
     for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
         x = normal(*QUANTIZED).astype(dtype)
         for block in ((128, 128), (1, 128)):

@@ -67,7 +67,7 @@ def grouped_gemm(
     Sharding: shard_map, along n, along k as in `gemm`, or with the groups' rows.
     Gradient: of a and b, as in `gemm`.
     Implementations: cpu, xla; cuda and sim as in `gemm` and for bfloat16 a and b, for at most 1024 groups and 2^26 - 1
-        rows; weight gradients have none of bfloat16 and are then xla's, or an error if asked for by name.
+        rows; weight gradients of bfloat16 as in `k_grouped_gemm`.
     Errors: as `gemm`, and ValueError for a group_alignment below 1.
     Source: DeepGEMM, m-grouped contiguous layout.
     """
@@ -139,7 +139,9 @@ def k_grouped_gemm(
         multiple of 128, so that no two groups share a scale.
     Sharding: shard_map, along m and n, or with the groups' rows.
     Gradient: of a, b and accumulator; none with ScaledArrays.
-    Implementations: cpu, xla; cuda and sim for ScaledArrays, n and t multiples of 16, groups as in `grouped_gemm`.
+    Implementations: cpu, xla; cuda and sim for ScaledArrays, n and t multiples of 16, and for bfloat16 a and b, m and n
+        multiples of 8; groups as in `grouped_gemm`. Gradients multiply bfloat16 by float32 and have none: they are
+        then xla's, or an error if asked for by name.
     Errors: TypeError for dtypes that do not go together, ValueError for shapes and for such a group_alignment,
         NotImplementedError for the gradient of ScaledArrays.
     Source: DeepSeek-V3 report, section 3.3.2; DeepGEMM, k-grouped layout.
@@ -362,9 +364,9 @@ def _hopper_refuses_form(b, b_block, transpose_a, transpose_b):
     return _not_multiples(n=b.shape[2 if transpose_b else 1], k=b.shape[1 if transpose_b else 2])
 
 
-def _not_multiples(**sizes) -> str:
+def _not_multiples(of: int = 16, **sizes) -> str:
     """Why the copy engine cannot work on rows of such sizes; empty if it can."""
-    odd = [f"{name} must be a multiple of 16, got {size}" for name, size in sizes.items() if size % 16 != 0]
+    odd = [f"{name} must be a multiple of {of}, got {size}" for name, size in sizes.items() if size % of != 0]
     return odd[0] if odd else ""
 
 
@@ -530,9 +532,20 @@ def _k_grouped_gemm_results(a, a_scales, b, b_scales, group_sizes, accumulator, 
 
 
 def _hopper_refuses_k_grouped(a, a_scales, b, b_scales, group_sizes, *_, a_block, **__):
-    if a_block == UNSCALED:
-        return "a and b must both be ScaledArrays"
-    return _not_multiples(n=b.shape[0], t=b.shape[1]) or too_many_groups(group_sizes.shape[0], b.shape[1])
+    if a_block != UNSCALED:
+        n, t = b.shape
+        odd = _not_multiples(n=n, t=t)
+    elif a.dtype == b.dtype == jnp.bfloat16:
+        t, n = b.shape
+        odd = _not_multiples(8, m=a.shape[1], n=n)
+    else:
+        return "a and b must be both ScaledArrays or both bfloat16"
+    return odd or too_many_groups(group_sizes.shape[0], t)
+
+
+def _hopper_k_grouped_layouts(*, a_block, **_):
+    by_column = None if a_block == UNSCALED else (1, 0)
+    return (None, by_column, None, by_column, None, None), (None,)
 
 
 def _hopper_k_grouped_operands(a, a_scales, b, b_scales, *rest, **_):
@@ -545,7 +558,7 @@ K_GROUPED_GEMM = _ffi.Op(
     _k_grouped_gemm_results,
     reference.k_grouped_gemm,
     hopper=_ffi.Kernel(
-        layouts=lambda **_: ((None, (1, 0), None, (1, 0), None, None), (None,)),
+        layouts=_hopper_k_grouped_layouts,
         attributes=("group_alignment", "group_stride", "accumulate"),
         operands=_hopper_k_grouped_operands,
         refuses=_hopper_refuses_k_grouped,

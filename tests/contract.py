@@ -372,6 +372,17 @@ CASES = [
         variant="fp8",
     ),
     Case(
+        "k_grouped_gemm",
+        jaxkern.k_grouped_gemm,
+        {"a": normal(8, 16, dtype=jnp.bfloat16), "b": normal(8, 64, dtype=jnp.bfloat16), "group_sizes": _SIZES},
+        specs=(ALL, P(None, "x"), ALL),
+        out_specs=P(None, None, "x"),
+        symbolic=("t, 16", "t, 64", "5"),
+        mismatch=(("b", 0),),
+        primitive="jaxkern_k_grouped_gemm",
+        variant="bf16",
+    ),
+    Case(
         "masked_grouped_gemm",
         jaxkern.masked_grouped_gemm,
         {"a": normal(4, 6, 60), "b": normal(4, 24, 60), "group_sizes": np.array([2, 0, 9, 3], np.int32)},
@@ -670,6 +681,7 @@ HOPPER = [
         "grouped_gemm-bf16",
         "masked_grouped_gemm-fp8",
         "k_grouped_gemm-fp8",
+        "k_grouped_gemm-bf16",
     )
 ]
 CASES += [

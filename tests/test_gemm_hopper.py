@@ -106,12 +106,24 @@ def test_product_of_an_input_gradient_in_bfloat16():
     check(product(HOPPER_IMPLEMENTATION), product("xla"), jnp.bfloat16)
 
 
-def test_weight_gradient_in_bfloat16_is_refused_by_name():
-    a, b = (jnp.asarray(normal(*shape), jnp.bfloat16) for shape in ((16, 48), (2, 48, 48)))
-    sizes = jnp.asarray([3, 7], jnp.int32)
-    run = functools.partial(grouped_gemm, group_sizes=sizes, implementation=HOPPER_IMPLEMENTATION)
-    with pytest.raises(NotImplementedError, match="k_grouped_gemm: .* cannot run this call: .* both be ScaledArrays"):
-        jax.grad(lambda a: run(a, b).astype(jnp.float32).sum())(a)
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_in_bfloat16(masked):
+    """Products forward and backward through kernels: groups that begin anywhere, a capacity that is no multiple."""
+    groups, rows, n, k = 3, 75, 48, 80
+    a = jnp.asarray(normal(groups, rows, k) if masked else normal(groups * rows, k), jnp.bfloat16)
+    b = jnp.asarray(normal(groups, n, k, seed=1), jnp.bfloat16)
+    weights = normal(*a.shape[:-1], n, seed=2)
+    sizes = jnp.asarray([70, 0, 75], jnp.int32)
+    op = masked_grouped_gemm if masked else functools.partial(grouped_gemm, group_alignment=4)
+
+    def gradients(implementation):
+        def loss(a, b):
+            return (op(a, b, sizes, implementation=implementation) * weights).sum()
+
+        return jax.grad(loss, (0, 1))(a, b)
+
+    for got, want in zip(gradients(HOPPER_IMPLEMENTATION), gradients("xla"), strict=True):
+        check(got, want, jnp.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -146,6 +158,62 @@ def test_k_grouped_gemm(sizes, t, accumulate, simulator):
     for group, size in enumerate(sizes):
         if size == 0:
             np.testing.assert_array_equal(got[group], accumulator[group] if accumulate else 0)
+
+
+# group_sizes, group_alignment, rows, m, n. Groups begin and end anywhere in a stage of 64 rows. Which tile it is, is
+# the simulator's choice, of six multiprocessors.
+COLUMNS = [
+    ([100, 0, 300, 1], 1, 470, 200, 144),
+    ([63, 64, 65, -3, 128], 1, 320, 136, 8),
+    ([700], 1, 700, 64, 264),  # every row; more stages than the ring holds
+    ([0, 300, 0], 1, 300, 8, 8),  # one group has everything
+    ([30, 70, 5], 16, 400, 392, 136),  # the large tile, of two blocks together
+    ([7, 90], 128, 230, 1272, 72),  # a pair whose second tile is beyond m
+    ([2**31 - 1, 2**31 - 1], 3, 100, 520, 144),
+    ([0, 0], 1, 64, 264, 128),
+]
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("sizes,alignment,t,m,n", COLUMNS, ids=str)
+def test_k_grouped_gemm_in_bfloat16(sizes, alignment, t, m, n, accumulate, simulator):
+    mine = owners(sizes, alignment, t)[:, None]
+    a = jnp.where(mine, normal(t, m), np.nan).astype(jnp.bfloat16)
+    b = jnp.where(mine, normal(t, n, seed=1), np.inf).astype(jnp.bfloat16)
+    accumulator = normal(len(sizes), m, n, seed=2) if accumulate else None
+    run = functools.partial(
+        k_grouped_gemm, a, b, jnp.asarray(sizes, jnp.int32), group_alignment=alignment, accumulator=accumulator
+    )
+    got = simulated(functools.partial(run, implementation=HOPPER_IMPLEMENTATION), simulator)
+    check(got, run(implementation="xla"), jnp.float32)
+    for group, size in enumerate(sizes):
+        if size <= 0:
+            np.testing.assert_array_equal(got[group], accumulator[group] if accumulate else 0)
+
+
+def test_the_next_groups_rows_do_not_matter():
+    """NaN in all rows of a group: its own result alone has them."""
+    sizes, t, m, n = [50, 60, 70], 180, 136, 72
+    x = normal(t, m)
+    x[50:110] = np.nan
+    a, b = jnp.asarray(x, jnp.bfloat16), jnp.asarray(normal(t, n, seed=1), jnp.bfloat16)
+    got = k_grouped_gemm(a, b, jnp.asarray(sizes, jnp.int32), implementation=HOPPER_IMPLEMENTATION)
+    assert np.isnan(got[1]).all() and np.isfinite(got[0]).all() and np.isfinite(got[2]).all()
+
+
+@pytest.mark.parametrize(
+    "dtypes,m,n,why",
+    [
+        ((jnp.float32, jnp.float32), 16, 16, "both ScaledArrays or both bfloat16"),
+        ((jnp.bfloat16, jnp.float32), 16, 16, "both ScaledArrays or both bfloat16"),
+        ((jnp.bfloat16, jnp.bfloat16), 12, 16, "m must be a multiple of 8, got 12"),
+        ((jnp.bfloat16, jnp.bfloat16), 16, 12, "n must be a multiple of 8, got 12"),
+    ],
+)
+def test_what_k_grouped_gemm_refuses(dtypes, m, n, why):
+    a, b = (jnp.asarray(normal(32, width), dtype) for width, dtype in zip((m, n), dtypes, strict=True))
+    with pytest.raises(NotImplementedError, match=f"k_grouped_gemm: .* cannot run this call: .*{why}"):
+        k_grouped_gemm(a, b, jnp.asarray([20], jnp.int32), implementation=HOPPER_IMPLEMENTATION)
 
 
 def test_too_many_groups_are_refused():

@@ -23,7 +23,13 @@ LAYOUTS = [*SWIZZLES[1:3], "64-byte swizzle, A in registers", "no swizzle", "no 
 PRODUCTS = ["e4m3", "e4m3, A in registers"]
 PRODUCTS += [
     kind + how
-    for kind, how in product(["bf16", "f16"], ["", ", A in registers", ", B MN-major", ", A in registers, B MN-major"])
+    for kind, how in product(
+        ["bf16", "f16"],
+        [
+            *("", ", A in registers", ", B MN-major", ", A in registers, B MN-major"),
+            *(", A MN-major", ", A and B MN-major"),
+        ],
+    )
 ]
 CONFORMANCE = [
     *("indices", "shfl, ballot, elect", "setmaxnreg", "loads and stores"),
@@ -37,7 +43,7 @@ CONFORMANCE = [
     *("tensor load, multicast 2D", "tensor load, multicast 3D"),
     *(f"wgmma {kind}, n {n}" for kind, n in product(PRODUCTS, [8, 16, 24, 64, 96, 128, 192, 256])),
     *(f"wgmma {kind}, {layout}" for kind, layout in product(["e4m3", "bf16"], LAYOUTS)),
-    *(f"wgmma bf16, {swizzle}, B MN-major" for swizzle in SWIZZLES[1:3]),
+    *(f"wgmma bf16, {swizzle}, {which} MN-major" for swizzle, which in product(SWIZZLES[1:3], ["B", "A and B"])),
 ]
 SOURCE = (ROOT / "tests/sim/bugs.cu").read_text()
 LINES = SOURCE.splitlines()

@@ -113,7 +113,8 @@ ffi::Error grouped_gemm(cuda::Stream stream, Buffer a, Buffer a_scales, Buffer b
                                                      stream));
 }
 
-// a [m, t], b [n, t], scaled along t; their scales lie with m and n contiguous.
+// a [m, t], b [n, t] of e4m3, scaled along t; their scales lie with m and n contiguous. Or a [t, m], b [t, n] of
+// bfloat16.
 ffi::Error k_grouped_gemm(cuda::Stream stream, Buffer a, Buffer a_scales, Buffer b, Buffer b_scales, Buffer group_sizes,
                           Buffer accumulator, Result out, int64_t group_alignment, int64_t group_stride,
                           int64_t accumulate) {
@@ -122,18 +123,26 @@ ffi::Error k_grouped_gemm(cuda::Stream stream, Buffer a, Buffer a_scales, Buffer
   check.rank("b", b, 2);
   check.rank("group_sizes", group_sizes, 1);
   if (check.failed()) return check.error();
-  int64_t m = a.dimensions()[0], t = a.dimensions()[1], n = b.dimensions()[0], groups = group_sizes.dimensions()[0];
+  bool scaled = a.element_type() != BF16;
+  int rows = scaled ? 0 : 1;  // the axis of a and b that is not t
+  int64_t m = a.dimensions()[rows], t = a.dimensions()[1 - rows], n = b.dimensions()[rows];
+  int64_t groups = group_sizes.dimensions()[0];
 
-  check.dtype("a", a, {F8E4M3FN});
-  check.shape("a_scales", a_scales, {m, blocks_of(t, 128)});
+  check.dtype("a", a, {F8E4M3FN, BF16});
+  check.dtype("b", b, {a.element_type()});
   check.dtype("a_scales", a_scales, {F32});
-  check.shape("b", b, {n, t});
-  check.dtype("b", b, {F8E4M3FN});
-  check.shape("b_scales", b_scales, {n, blocks_of(t, 128)});
   check.dtype("b_scales", b_scales, {F32});
-  check.that(n % 16 == 0 && t % 16 == 0, "n and t must be multiples of 16");
+  if (scaled) {
+    check.shape("a_scales", a_scales, {m, blocks_of(t, 128)});
+    check.shape("b", b, {n, t});
+    check.shape("b_scales", b_scales, {n, blocks_of(t, 128)});
+    check.that(n % 16 == 0 && t % 16 == 0, "n and t must be multiples of 16");
+    check.that((group_stride ? group_stride : group_alignment) % 128 == 0, "groups must start at multiples of 128");
+  } else {
+    check.shape("b", b, {t, n});
+    check.that(m % 8 == 0 && n % 8 == 0, "m and n must be multiples of 8");
+  }
   check_groups(check, group_sizes, groups, group_alignment, group_stride, t);
-  check.that((group_stride ? group_stride : group_alignment) % 128 == 0, "groups must start at multiples of 128");
   check.shape("out", *out, {groups, m, n});
   check.dtype("out", *out, {F32});
   if (accumulate) {
@@ -146,7 +155,8 @@ ffi::Error k_grouped_gemm(cuda::Stream stream, Buffer a, Buffer a_scales, Buffer
   if (check.failed()) return check.error();
 
   return to_error("k_grouped_gemm",
-                  cuda::k_grouped_gemm({.a = a.untyped_data(),
+                  cuda::k_grouped_gemm({.scaled = scaled,
+                                        .a = a.untyped_data(),
                                         .a_scales = a_scales.typed_data<float>(),
                                         .b = b.untyped_data(),
                                         .b_scales = b_scales.typed_data<float>(),

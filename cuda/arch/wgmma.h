@@ -28,8 +28,8 @@ DEVICE int fragment_column(int i) { return i / 4 * 8 + lane_index() % 4 * 2 + i 
 //
 // K-major (k contiguous), the default: rows of 16 << swizzle bytes in groups of 8, `stride` bytes from group to group.
 // `leading` is used without a swizzle only: bytes from one 16-byte column of a group to the next.
-// MN-major (16-bit B only, with a swizzle): rows of k, 16 << swizzle bytes each, in groups of 8 with `stride` bytes
-// from group to group, and `leading` bytes from one such column of rows to the next. To advance along k inside a
+// MN-major (16-bit A and B only, with a swizzle): rows of k, 16 << swizzle bytes each, in groups of 8 with `stride`
+// bytes from group to group, and `leading` bytes from one such column of rows to the next. To advance along k inside a
 // swizzled row, add its bytes to `address`.
 DEVICE uint64_t matrix_descriptor(uint32_t address, int leading, int stride, Swizzle swizzle) {
   constexpr int modes[] = {0, 3, 2, 1};  // none, 32, 64, 128 bytes: not the order of the tensor map's
@@ -147,7 +147,7 @@ DEVICE void wgmma_e4m3(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulat
   WGMMA_SHAPES(SHAPE)
 #undef SHAPE
 #endif
-  SIM(sim::wgmma(sim::Format::e4m3, n, d, nullptr, a, b, false, accumulate, where);)
+  SIM(sim::wgmma(sim::Format::e4m3, n, d, nullptr, a, b, false, false, accumulate, where);)
 }
 
 // The same, A in registers.
@@ -165,24 +165,25 @@ DEVICE void wgmma_e4m3(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, bo
   WGMMA_SHAPES(SHAPE)
 #undef SHAPE
 #endif
-  SIM(sim::wgmma(sim::Format::e4m3, n, d, a, 0, b, false, accumulate, where);)
+  SIM(sim::wgmma(sim::Format::e4m3, n, d, a, 0, b, false, false, accumulate, where);)
 }
 
 SIM(template <typename Number> constexpr auto sim_format_of = std::is_same_v<Number, bfloat16> ? sim::Format::bfloat16
                                                                                                : sim::Format::float16;)
 
-// wgmma.mma_async.m64nNk16.f32, of bfloat16 or float16. B is MN-major if `transposed_b`.
-template <typename Number, int n, bool transposed_b = false>
+// wgmma.mma_async.m64nNk16.f32, of bfloat16 or float16. A is MN-major if `transposed_a`, B if `transposed_b`.
+template <typename Number, int n, bool transposed_b = false, bool transposed_a = false>
 DEVICE void wgmma_16bit(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumulate AND_WHERE) {
 #ifndef JAXKERN_SIM
-#define SHAPE(n_, count, a_, b_, p_, t_, unused1, unused2)                                               \
-  if constexpr (n == n_)                                                                                 \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p_                                                \
-                 ", 0;\n"                                                                                \
-                 "wgmma.mma_async.sync.aligned.m64n" #n_ "k16.f32." NUMBER "." NUMBER " {" NAMES_##count \
-                 "}, %" #a_ ", %" #b_ ", p, 1, 1, 0, %" #t_ ";\n}"                                       \
-                 : OPERANDS_##count                                                                      \
-                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(transposed_b)));
+#define SHAPE(n_, count, a_, b_, p_, t_, u_, unused2)                                                      \
+  if constexpr (n == n_)                                                                                   \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #p_                                                  \
+                 ", 0;\n"                                                                                  \
+                 "wgmma.mma_async.sync.aligned.m64n" #n_ "k16.f32." NUMBER "." NUMBER " {" NAMES_##count   \
+                 "}, %" #a_ ", %" #b_ ", p, 1, 1, %" #t_ ", %" #u_ ";\n}"                                  \
+                 : OPERANDS_##count                                                                        \
+                 : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(static_cast<int>(transposed_a)), \
+                   "n"(static_cast<int>(transposed_b)));
 #define NUMBER "bf16"
   if constexpr (std::is_same_v<Number, bfloat16>) {
     WGMMA_SHAPES(SHAPE)
@@ -195,7 +196,7 @@ DEVICE void wgmma_16bit(float (&d)[n / 2], uint64_t a, uint64_t b, bool accumula
 #undef NUMBER
 #undef SHAPE
 #endif
-  SIM(sim::wgmma(sim_format_of<Number>, n, d, nullptr, a, b, transposed_b, accumulate, where);)
+  SIM(sim::wgmma(sim_format_of<Number>, n, d, nullptr, a, b, transposed_a, transposed_b, accumulate, where);)
 }
 
 // The same, A in registers.
@@ -236,7 +237,7 @@ DEVICE void wgmma_16bit(float (&d)[n / 2], const uint32_t (&a)[4], uint64_t b, b
 #undef NUMBER
 #undef SHAPE
 #endif
-  SIM(sim::wgmma(sim_format_of<Number>, n, d, a, 0, b, transposed_b, accumulate, where);)
+  SIM(sim::wgmma(sim_format_of<Number>, n, d, a, 0, b, false, transposed_b, accumulate, where);)
 }
 
 // wgmma.wait_group: until at most `pending` groups are not complete. The accumulators of those that are complete then

@@ -16,7 +16,7 @@ namespace jaxkern::cuda::kernels {
 
 template <typename Schedule, typename Out>
 struct DenseParams {
-  TensorMap a, b, out;  // matrices of a batch each: [batch, m, k], [b_batch, n, k], [batch, m, n]
+  TensorMap a, b, out;  // matrices of a batch each: [batch, m, k], [b_batch, n, k], [batch, m, n]; or [k, m], [k, n]
   TensorMap a_scales_map, b_scales_map;
   Global<const float> a_scales, b_scales;
   Global<const Out> accumulator;  // empty: none
@@ -29,6 +29,7 @@ struct DenseParams {
 template <typename Schedule, int tile_m, int tile_n, int cluster, typename Format, typename Out>
 struct Dense {
   static constexpr bool scaled = Format::scaled, b_rows = Format::b_rows;
+  static constexpr int stage_k = Format::stage_k;
   static_assert(tile_m % 128 == 0 && tile_n % 64 == 0 && (tile_n <= 128 || !b_rows));
   static constexpr int math_groups = 2;
   static constexpr int slabs = tile_m / math_groups / 64;  // of 64 rows, for each warpgroup
@@ -36,9 +37,10 @@ struct Dense {
   static constexpr int registers = 168;
   static constexpr int strip = swizzle_row / sizeof(Out);  // columns of one store
   static constexpr int strips = tile_n / strip;
+  static constexpr int staged = sizeof(Out) == 4 ? 1 : slabs;  // at a time; what leaves three stages
   static constexpr int stage_bytes =
       (tile_m + tile_n) * block_k + (scaled ? tile_m * 4 : 0) + (b_rows ? tile_n * 4 : 0);
-  static constexpr int staging_bytes = math_groups * slabs * strips * 64 * swizzle_row;
+  static constexpr int staging_bytes = math_groups * staged * strips * 64 * swizzle_row;
   static constexpr int most_stages =
       (max_shared_bytes - staging_bytes - sizeof(typename Schedule::Smem) - 256) / stage_bytes;
   static constexpr int stages = most_stages < 8 ? most_stages : 8;
@@ -54,7 +56,7 @@ struct Dense {
   struct Smem {
     Tile<tile_m * block_k> a[stages];
     Tile<tile_n * block_k> b[stages];
-    Tile<64 * swizzle_row> staging[math_groups][slabs][strips];
+    Tile<64 * swizzle_row> staging[math_groups][staged][strips];
     Shared<float> a_scales[stages][scaled ? tile_m : 1];
     Shared<float> b_scales[stages][b_rows ? tile_n : 1];
     Barrier full[stages], empty[stages];
@@ -118,27 +120,40 @@ struct Dense {
     for_tiles(p, s, [&](Work w) {
       for (int k = w.first_k; k < w.first_k + w.k_blocks; ++k, at.advance()) {
         mbarrier_wait(s.empty[at.stage], at.phase ^ 1);
+        int element = w.start + k * stage_k;
         bool scales = scaled && p.scales_by_copy_engine;
         mbarrier_arrive_expect_tx(s.full[at.stage], scales ? stage_bytes : (tile_m + tile_n) * block_k);
         if (scales) {
-          cp_async_bulk_tensor<2>(&s.a_scales[at.stage], p.a_scales_map, {w.row, w.a_batch * p.k_blocks + k},
+          int block = element / block_k;
+          cp_async_bulk_tensor<2>(&s.a_scales[at.stage], p.a_scales_map, {w.row, w.a_batch * p.k_blocks + block},
                                   s.full[at.stage]);
           if constexpr (b_rows)
-            cp_async_bulk_tensor<2>(&s.b_scales[at.stage], p.b_scales_map, {w.column, w.b_batch * p.k_blocks + k},
+            cp_async_bulk_tensor<2>(&s.b_scales[at.stage], p.b_scales_map, {w.column, w.b_batch * p.k_blocks + block},
                                     s.full[at.stage]);
         }
-        cp_async_bulk_tensor<3>(&s.a[at.stage], p.a, {k * block_k, w.row, w.a_batch}, s.full[at.stage]);
-        if constexpr (cluster == 1) {
-          cp_async_bulk_tensor<3>(&s.b[at.stage], p.b, {k * block_k, w.column, w.b_batch}, s.full[at.stage]);
-        } else {
-          constexpr int part = tile_n / cluster;
-          int rank = cluster_rank();
-          cp_async_bulk_tensor_multicast<3>(s.b[at.stage].data + rank * part * block_k, p.b,
-                                            {k * block_k, w.column + rank * part, w.b_batch}, s.full[at.stage],
-                                            (1 << cluster) - 1);
-        }
+        copy_rows<tile_m, 1>(s.a[at.stage].data, p.a, w.row, element, w.a_batch, s.full[at.stage]);
+        constexpr int part = tile_n / cluster;
+        int first = cluster == 1 ? 0 : cluster_rank() * part;
+        copy_rows<part, cluster>(s.b[at.stage].data + first * block_k, p.b, w.column + first, element, w.b_batch,
+                                 s.full[at.stage]);
       }
     });
+  }
+
+  // What a stage needs of the rows of an operand, from `row` and from `element` of k on, into `blocks` blocks of the
+  // cluster.
+  template <int rows, int blocks>
+  DEVICE static void copy_rows(uint8_t* to, const TensorMap& map, int row, int element, int batch, Barrier& full) {
+    constexpr int element_bytes = block_k / stage_k, box = Format::k_major ? rows : box_columns;
+#pragma unroll
+    for (int i = 0; i < rows; i += box) {
+      int x = Format::k_major ? element : row + i, y = Format::k_major ? row + i : element;
+      if constexpr (blocks == 1)
+        cp_async_bulk_tensor<3>(to + i * block_k, map, {x * element_bytes, y, batch}, full);
+      else
+        cp_async_bulk_tensor_multicast<3>(to + i * block_k, map, {x * element_bytes, y, batch}, full,
+                                          (1 << blocks) - 1);
+    }
   }
 
   DEVICE static void produce_scales(const Params& p, Smem& s) {
@@ -146,9 +161,10 @@ struct Dense {
     for_tiles(p, s, [&](Work w) {
       for (int k = w.first_k; k < w.first_k + w.k_blocks; ++k, at.advance()) {
         mbarrier_wait(s.empty[at.stage], at.phase ^ 1);
-        copy_scales(s.a_scales[at.stage], p.a_scales, int64_t(w.a_batch) * p.k_blocks + k, w.row, p.m);
+        int block = w.start / block_k + k;
+        copy_scales(s.a_scales[at.stage], p.a_scales, int64_t(w.a_batch) * p.k_blocks + block, w.row, p.m);
         if constexpr (b_rows)
-          copy_scales(s.b_scales[at.stage], p.b_scales, int64_t(w.b_batch) * p.k_blocks + k, w.column, p.n);
+          copy_scales(s.b_scales[at.stage], p.b_scales, int64_t(w.b_batch) * p.k_blocks + block, w.column, p.n);
         cp_async_mbarrier_arrive(s.full[at.stage]);
       }
     });
@@ -173,7 +189,7 @@ struct Dense {
         now.at(s, at.stage, group);
         mbarrier_wait(s.full[at.stage], at.phase);
         if constexpr (Schedule::tails)
-          if (k == w.k_blocks - 1 && w.tail < block_k) clear_tail(s, at.stage, w.tail);
+          if (k == w.k_blocks - 1 && w.tail < stage_k) clear_tail(s, at.stage, w.tail);
         at.advance();
       };
       if (w.k_blocks > 0) prepare(0);
@@ -200,8 +216,8 @@ struct Dense {
 
     DEVICE void at(Smem& s, int stage, int group) {
       index = stage;
-      a = operand(s.a[stage].data + group * slabs * slab_bytes);
-      b = operand(&s.b[stage]);
+      a = operand<Format>(s.a[stage].data + group * slabs * slab_bytes);
+      b = operand<Format>(&s.b[stage]);
     }
   };
   static constexpr int slab_bytes = 64 * block_k, slab_step = slab_bytes / 16;  // in units of a descriptor
@@ -295,8 +311,18 @@ struct Dense {
   }
 
   // What k beyond the group's end holds is another's, or nobody's: it becomes zero in both operands. By all math
-  // threads, a row each.
+  // threads.
   DEVICE static void clear_tail(Smem& s, int stage, int tail) {
+    if constexpr (Format::k_major)
+      clear_bytes(s, stage, tail);
+    else
+      clear_rows(s, stage, tail);
+    fence_proxy_async();
+    bar_sync(3, math_groups * warpgroup_size);
+  }
+
+  // The last bytes of every row: a thread takes a row.
+  DEVICE static void clear_bytes(Smem& s, int stage, int tail) {
     for (int row = thread_index(); row < tile_m + tile_n; row += math_groups * warpgroup_size) {
       int r = row < tile_m ? row : row - tile_m;
       uint32_t at = shared_address(row < tile_m ? s.a[stage].data : s.b[stage].data) + r * swizzle_row;
@@ -313,8 +339,17 @@ struct Dense {
         store_shared(address, bytes);
       }
     }
-    fence_proxy_async();
-    bar_sync(3, math_groups * warpgroup_size);
+  }
+
+  // The last rows of every 64 columns: a thread takes 16 bytes.
+  DEVICE static void clear_rows(Smem& s, int stage, int tail) {
+    constexpr int box_bytes = stage_k * swizzle_row;
+    for (int i = 0; i < tile_m + tile_n; i += box_columns) {
+      uint32_t box =
+          shared_address(i < tile_m ? s.a[stage].data + i * block_k : s.b[stage].data + (i - tile_m) * block_k);
+      for (int at = tail * swizzle_row + thread_index() * 16; at < box_bytes; at += math_groups * warpgroup_size * 16)
+        store_shared(box + at, Pack<uint32_t, 4>{0, 0, 0, 0});
+    }
   }
 
   DEVICE static void store(const Params& p, Smem& s, Work w, int group, float (&totals)[slabs][tile_n / 2]) {
@@ -333,28 +368,30 @@ struct Dense {
         }
     }
     bool first = thread_index() % warpgroup_size == 0;
-    if (first) bulk_wait_group_read<0>();  // the staging has been stored from
-    bar_sync(1 + group, warpgroup_size);
 #pragma unroll
-    for (int slab = 0; slab < slabs; ++slab) {
-      if (Schedule::edges && first_row + (slab + 1) * 64 > w.row_end)
-        store_rows(p, w, first_row + slab * 64, totals[slab]);
-      else
+    for (int slab = 0; slab < slabs; slab += staged) {
+      auto by_threads = [&](int i) { return Schedule::edges && first_row + (slab + i + 1) * 64 > w.row_end; };
+      if (first) bulk_wait_group_read<0>();  // the staging has been stored from
+      bar_sync(1 + group, warpgroup_size);
 #pragma unroll
-        for (int i = 0; i < strips; ++i)
-          stage(shared_address(&s.staging[group][slab][i]), totals[slab], i * strip, Out{});
+      for (int i = 0; i < staged; ++i) {
+        if (by_threads(i)) {
+          store_rows(p, w, first_row + (slab + i) * 64, totals[slab + i]);
+        } else {
+#pragma unroll
+          for (int j = 0; j < strips; ++j)
+            stage(shared_address(&s.staging[group][i][j]), totals[slab + i], j * strip, Out{});
+        }
+      }
+      fence_proxy_async();
+      bar_sync(1 + group, warpgroup_size);
+      if (!first) continue;
+      for (int i = 0; i < staged; ++i)
+        for (int j = 0; j < strips && !by_threads(i); ++j)
+          cp_async_bulk_tensor_store<3>(p.out, {w.column + j * strip, first_row + (slab + i) * 64, w.batch},
+                                        &s.staging[group][i][j]);
+      bulk_commit_group();
     }
-    fence_proxy_async();
-    bar_sync(1 + group, warpgroup_size);
-    if (!first) return;
-#pragma unroll
-    for (int slab = 0; slab < slabs; ++slab) {
-      if (Schedule::edges && first_row + (slab + 1) * 64 > w.row_end) continue;
-      for (int i = 0; i < strips; ++i)
-        cp_async_bulk_tensor_store<3>(p.out, {w.column + i * strip, first_row + slab * 64, w.batch},
-                                      &s.staging[group][slab][i]);
-    }
-    bulk_commit_group();
   }
 
   // The rows of 64 that are the group's; the copy engine would write all of them.

@@ -17,12 +17,16 @@ using namespace jaxkern::cuda::kernels;
 // The kernels that exist. A plan is one of them.
 enum class Plan { small_16, small_32, small_64, dense_128_64, dense_128_128, dense_128_192, dense_256_128 };
 
+// The cycles of so many tiles, for each stage of k. A wave of tiles, one on each multiprocessor, takes what its
+// products take at the tensor cores' rate (8192 e4m3 operations a cycle, half as many of bfloat16), or what its
+// operands take from L2 (about 46 bytes a cycle and multiprocessor), whichever is more.
+double cycles_of(int64_t tiles, int tile_m, int tile_n, int multiprocessors) {
+  double products = tile_m * tile_n * 128.0 / 4096, loads = (tile_m + tile_n) * 128 / 46.0;
+  return ceil_div(tiles, multiprocessors) * std::max(products, loads);
+}
+
 // Up to 64 rows: the kernel that reads b once and does little else; up to 128, if b has so few rows that tiles of it
 // alone would leave multiprocessors idle. More: the tile with the least time by this model, the larger one of equals.
-//
-// A wave of tiles, one on each multiprocessor, takes what its products take at the tensor cores' rate (8192 e4m3
-// operations a cycle), or what its operands take from L2 (about 46 bytes a cycle and multiprocessor), whichever is
-// more.
 Plan choose(const Gemm& g, int multiprocessors) {
   if (g.m <= 16) return Plan::small_16;
   if (g.m <= 32) return Plan::small_32;
@@ -40,9 +44,7 @@ Plan choose(const Gemm& g, int multiprocessors) {
   double least = 0;
   for (const auto& t : tiles) {
     if (t.m * t.n > 128 * 128 && (g.b_block == 1 || g.out_is_float32)) continue;  // these need too many registers
-    int64_t count = g.batch * ceil_div(g.m, t.m) * ceil_div(g.n, t.n), waves = ceil_div(count, multiprocessors);
-    double products = t.m * t.n * 128.0 / 4096, loads = (t.m + t.n) * 128 / 46.0;
-    double time = waves * std::max(products, loads);
+    double time = cycles_of(g.batch * ceil_div(g.m, t.m) * ceil_div(g.n, t.n), t.m, t.n, multiprocessors);
     if (least == 0 || time < least) {
       least = time;
       best = t.plan;
@@ -61,6 +63,15 @@ Error matrix_map(TensorMap& map, const void* data, Element element, int element_
                        {swizzle_row / element_bytes, box_rows, 1}, Swizzle::bytes_128);
 }
 
+// An operand, [batch, rows, k] or, not k_major, [batch, k, rows], in boxes of the k of one stage.
+template <typename Format>
+Error operand_map(TensorMap& map, const void* data, int64_t batch, int64_t rows, int64_t k, int box_rows) {
+  constexpr int element_bytes = block_k / Format::stage_k;
+  if (!Format::k_major)
+    return matrix_map(map, data, Element::uint8, 1, batch, k, rows * element_bytes, Format::stage_k);
+  return matrix_map(map, data, Element::uint8, 1, batch, rows, k * element_bytes, box_rows);
+}
+
 // Scales of rows, [k blocks of all matrices, rows], in boxes of one k block.
 Error scales_map(TensorMap& map, Global<const float> scales, int64_t rows, int box_rows) {
   return tensor_map<2>(map, scales.data, Element::float32, {rows, scales.size / rows}, {rows * 4}, {box_rows, 1},
@@ -74,14 +85,12 @@ int band_of(int64_t m_tiles, int tile_m, int tile_n, int blocks, int cluster) {
   return round_up(band, cluster);
 }
 
-int64_t row_bytes(const Gemm& g) { return g.b_block == 0 ? g.k * 2 : g.k; }
-
-template <typename Params, typename Out>
+template <typename Format, typename Params, typename Out>
 void fill_common(Params& p, const Gemm& g, int64_t out_batch, Out*) {
   p.m = g.m;
   p.n = g.n;
-  p.k_blocks = ceil_div(row_bytes(g), block_k);
-  if (g.b_block) {
+  p.k_blocks = ceil_div(g.k, Format::stage_k);
+  if (Format::scaled) {
     p.a_scales = {g.a_scales, g.batch * p.k_blocks * g.m};
     p.b_scales = {g.b_scales, g.b_batch * p.k_blocks * (g.b_block == 1 ? g.n : ceil_div(g.n, 128))};
   }
@@ -94,15 +103,15 @@ Error launch_dense(const Gemm& g, int64_t out_batch, const typename Schedule::Pa
                    int64_t tiles, Stream stream) {
   using Kernel = Dense<Schedule, tile_m, tile_n, cluster, Format, Out>;
   DenseParams<Schedule, Out> p = {};
-  fill_common(p, g, out_batch, static_cast<Out*>(nullptr));
+  fill_common<Format>(p, g, out_batch, static_cast<Out*>(nullptr));
   p.schedule = schedule;
   p.out_rows = {static_cast<Out*>(g.out), out_batch * g.m * g.n};
   // The rows of both scales start at multiples of 16 bytes, and the tiles in them; n is a multiple of 16.
   p.scales_by_copy_engine = Format::scaled && g.m % 4 == 0 && aligned_rows;
   int blocks = multiprocessors() / cluster * cluster;
   constexpr Element element = sizeof(Out) == 4 ? Element::float32 : Element::bfloat16;
-  Error error = first_error({matrix_map(p.a, g.a, Element::uint8, 1, g.batch, g.m, row_bytes(g), tile_m),
-                             matrix_map(p.b, g.b, Element::uint8, 1, g.b_batch, g.n, row_bytes(g), tile_n / cluster),
+  Error error = first_error({operand_map<Format>(p.a, g.a, g.batch, g.m, g.k, tile_m),
+                             operand_map<Format>(p.b, g.b, g.b_batch, g.n, g.k, tile_n / cluster),
                              matrix_map(p.out, g.out, element, sizeof(Out), out_batch, g.m, g.n, 64)});
   if (error.empty() && p.scales_by_copy_engine) error = scales_map(p.a_scales_map, p.a_scales, g.m, tile_m);
   if (error.empty() && p.scales_by_copy_engine && Format::b_rows)
@@ -115,13 +124,13 @@ template <typename Schedule, int tile_m, typename Format, typename Out>
 Error launch_small(const Gemm& g, const typename Schedule::Params& schedule, int parts, int64_t tiles, Stream stream) {
   using Kernel = Small<Schedule, tile_m, Format, Out>;
   SmallParams<Schedule, Out> p = {};
-  fill_common(p, g, g.batch, static_cast<Out*>(nullptr));
+  fill_common<Format>(p, g, g.batch, static_cast<Out*>(nullptr));
   p.schedule = schedule;
   p.out = {static_cast<Out*>(g.out), g.batch * g.m * g.n};
   p.parts = parts;
   int64_t blocks = parts > 1 ? tiles * parts : std::min<int64_t>(tiles, multiprocessors() * 2);
-  Error error = first_error({matrix_map(p.a, g.a, Element::uint8, 1, g.batch, g.m, row_bytes(g), Kernel::box_rows),
-                             matrix_map(p.b, g.b, Element::uint8, 1, g.b_batch, g.n, row_bytes(g), Kernel::tile_n)});
+  Error error = first_error({operand_map<Format>(p.a, g.a, g.batch, g.m, g.k, Kernel::box_rows),
+                             operand_map<Format>(p.b, g.b, g.b_batch, g.n, g.k, Kernel::tile_n)});
   if (!error.empty()) return error;
   return launch<Kernel>(blocks, p.parts, p, stream);
 }
@@ -238,7 +247,7 @@ Error launch_row_groups(const GroupedGemm& g, Stream stream) {
                   .n = g.n,
                   .k = g.k};
   RowGroups::Params schedule = {.groups = groups, .least = 1, .most = small_rows, .band = 1, .cluster = 1};
-  schedule.k_blocks = ceil_div(row_bytes(product), block_k);
+  schedule.k_blocks = ceil_div(g.k, Format::stage_k);
   schedule.n_tiles = ceil_div(g.n, 64);
   int64_t row_words = g.n * sizeof(Out) / 4;
   Gaps::Params gaps = {groups, {static_cast<uint32_t*>(g.out), g.m * row_words}, static_cast<int>(row_words)};
@@ -257,7 +266,36 @@ Error launch_row_groups(const GroupedGemm& g, Stream stream) {
   return launch_dense_groups<128, 128, 1, Format, Out>(g, product, schedule, stream);
 }
 
-constexpr int k_tile_m = 128, k_tile_n = 128;
+constexpr int k_tile_n = 128;
+
+int k_tiles_m(const KGroupedGemm& g, int tile_m, int cluster) { return round_up(ceil_div(g.m, tile_m), cluster); }
+
+template <int tile_m, int cluster, typename Format>
+Error launch_k_groups(const KGroupedGemm& g, Stream stream) {
+  Gemm product = {.a = g.a,
+                  .a_scales = g.a_scales,
+                  .b = g.b,
+                  .b_scales = g.b_scales,
+                  .accumulator = g.accumulator,
+                  .out = g.out,
+                  .out_is_float32 = true,
+                  .b_block = Format::scaled ? 1 : 0,
+                  .batch = 1,
+                  .b_batch = 1,
+                  .m = g.m,
+                  .n = g.n,
+                  .k = g.t};
+  int m_tiles = k_tiles_m(g, tile_m, cluster), n_tiles = ceil_div(g.n, k_tile_n);
+  KGroups::Params schedule = {
+      .groups = group_list(g.group_sizes, g.groups, g.alignment, g.stride, g.t),
+      .m = static_cast<int>(g.m),
+      .m_tiles = m_tiles,
+      .n_tiles = n_tiles,
+      .band = band_of(m_tiles, tile_m, k_tile_n, multiprocessors() / cluster * cluster, cluster),
+      .stage_k = Format::stage_k};
+  return launch_dense<KGroups, tile_m, k_tile_n, cluster, Format, float>(product, g.groups, schedule, true,
+                                                                         g.groups * m_tiles * n_tiles, stream);
+}
 
 // Calls f with a value of the result's type.
 template <typename F>
@@ -293,27 +331,14 @@ Error k_grouped_gemm(const KGroupedGemm& g, Stream stream) {
   int64_t out_bytes = g.groups * g.m * g.n * 4;
   if (out_bytes == 0) return {};
   if (g.t == 0) return g.accumulator ? copy(g.out, g.accumulator, out_bytes, stream) : zero(g.out, out_bytes, stream);
-  Gemm product = {.a = g.a,
-                  .a_scales = g.a_scales,
-                  .b = g.b,
-                  .b_scales = g.b_scales,
-                  .accumulator = g.accumulator,
-                  .out = g.out,
-                  .out_is_float32 = true,
-                  .b_block = 1,
-                  .batch = 1,
-                  .b_batch = 1,
-                  .m = g.m,
-                  .n = g.n,
-                  .k = g.t};
-  int m_tiles = ceil_div(g.m, k_tile_m), n_tiles = ceil_div(g.n, k_tile_n);
-  KGroups::Params schedule = {.groups = group_list(g.group_sizes, g.groups, g.alignment, g.stride, g.t),
-                              .m = static_cast<int>(g.m),
-                              .m_tiles = m_tiles,
-                              .n_tiles = n_tiles,
-                              .band = band_of(m_tiles, k_tile_m, k_tile_n, multiprocessors(), 1)};
-  return launch_dense<KGroups, k_tile_m, k_tile_n, 1, RowScaled, float>(product, g.groups, schedule, true,
-                                                                        g.groups * m_tiles * n_tiles, stream);
+  if (g.scaled) return launch_k_groups<128, 1, RowScaled>(g, stream);
+  auto cycles = [&](int tile_m, int cluster) {
+    int64_t tiles = g.groups * k_tiles_m(g, tile_m, cluster) * ceil_div(g.n, k_tile_n);
+    return cycles_of(tiles, tile_m, k_tile_n, multiprocessors());
+  };
+  // The large tile, which needs less of L2 for its products, unless more of it would be wasted.
+  if (cycles(256, 2) <= cycles(128, 1)) return launch_k_groups<256, 2, Transposed>(g, stream);
+  return launch_k_groups<128, 1, Transposed>(g, stream);
 }
 
 Error prepare_gemm() {
@@ -342,7 +367,11 @@ Error prepare_grouped_gemm() {
 }
 
 Error prepare_k_grouped_gemm() {
-  return once_per_device([] { return prepare<Dense<KGroups, k_tile_m, k_tile_n, 1, RowScaled, float>>(); });
+  return once_per_device([] {
+    return first_error({prepare<Dense<KGroups, 128, k_tile_n, 1, RowScaled, float>>(),
+                        prepare<Dense<KGroups, 128, k_tile_n, 1, Transposed, float>>(),
+                        prepare<Dense<KGroups, 256, k_tile_n, 2, Transposed, float>>()});
+  });
 }
 
 }  // namespace jaxkern::cuda

@@ -1,4 +1,4 @@
-// FP8 matrix products on Hopper: one, a batch, or groups. No CUDA header is needed to include it.
+// FP8 and bfloat16 matrix products on Hopper: one, a batch, or groups. No CUDA header is needed to include it.
 #pragma once
 
 #include <cstdint>
@@ -44,12 +44,14 @@ struct GroupedGemm {
 Error grouped_gemm(const GroupedGemm& gemm, Stream stream);
 
 // out[i] = a_i b_i^T + accumulator[i], of the columns of a and b that are group i's. `alignment` or `stride` is a
-// multiple of 128, t and n of 16; at most most_groups groups and most_grouped of t.
+// multiple of 128, t and n of 16; at most most_groups groups and most_grouped of t. Or, not `scaled`, a_i^T b_i of the
+// rows that are group i's: any alignment, m and n multiples of 8.
 struct KGroupedGemm {
-  const void* a;               // e4m3 [m, t]
+  bool scaled;
+  const void* a;               // e4m3 [m, t]; bfloat16 [t, m]
   const float* a_scales;       // [ceil(t / 128), m]
-  const void* b;               // e4m3 [n, t]
-  const float* b_scales;       // [ceil(t / 128), n]
+  const void* b;               // e4m3 [n, t]; bfloat16 [t, n]
+  const float* b_scales;       // [ceil(t / 128), n]; both are read only if scaled
   const int32_t* group_sizes;  // [groups], on the device
   const float* accumulator;    // as out, or null
   float* out;                  // [groups, m, n]

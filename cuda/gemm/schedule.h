@@ -18,8 +18,9 @@ struct Work {
   int a_batch, b_batch, batch;  // the matrices of a, b and out
   int row, column;
   int row_end;            // the tile's rows from here on are not to be written
-  int first_k, k_blocks;  // in blocks of k
-  int tail;               // elements of k in the last block; block_k but in a group along k
+  int first_k, k_blocks;  // in blocks of k, of a stage each
+  int start;              // the element of k at which block 0 begins; 0 but in a group along k
+  int tail;               // elements of k in the last block, of a group along k
 };
 
 // Tile `i` of m_tiles x n_tiles, in bands of `band` rows of tiles: what runs at one time shares rows of a and of b in
@@ -60,7 +61,7 @@ struct Batches {
       int per_batch = p.m_tiles * p.n_tiles, batch = i / per_batch;
       if (batch >= p.batch) return false;
       TilePosition t = tile_position(i % per_batch, p.m_tiles, p.n_tiles, p.band);
-      w = {batch, p.b_batch == 1 ? 0 : batch, batch, t.m_tile * tile_m, t.n_tile * tile_n, p.m, 0, p.k_blocks, block_k};
+      w = {batch, p.b_batch == 1 ? 0 : batch, batch, t.m_tile * tile_m, t.n_tile * tile_n, p.m, 0, p.k_blocks, 0, 0};
       return true;
     }
   };
@@ -98,7 +99,7 @@ struct RowGroups {
         if (i < first + tiles) {
           TilePosition t = tile_position(i - first, m_tiles, p.n_tiles, p.band < m_tiles ? p.band : m_tiles);
           int start = load(s.start[group]);
-          w = {0, group, 0, start + t.m_tile * tile_m, t.n_tile * tile_n, start + size, 0, p.k_blocks, block_k};
+          w = {0, group, 0, start + t.m_tile * tile_m, t.n_tile * tile_n, start + size, 0, p.k_blocks, 0, 0};
           return true;
         }
         first += tiles;
@@ -114,8 +115,9 @@ struct KGroups {
   static constexpr bool edges = false;
 
   struct Params {
-    GroupList groups;  // of k; they start at multiples of block_k
+    GroupList groups;  // of k; with scales they start at multiples of block_k
     int m, m_tiles, n_tiles, band;
+    int stage_k;  // the format's
   };
   using Smem = GroupTable;
 
@@ -132,16 +134,8 @@ struct KGroups {
       if (group >= p.groups.count) return false;
       TilePosition t = tile_position(i % tiles, p.m_tiles, p.n_tiles, p.band);
       int start = load(s.start[group]), size = load(s.size[group]);
-      int blocks = ceil_div(size, block_k);
-      w = {0,
-           0,
-           group,
-           t.m_tile * tile_m,
-           t.n_tile * tile_n,
-           p.m,
-           start / block_k,
-           blocks,
-           size - (blocks - 1) * block_k};
+      int blocks = ceil_div(size, p.stage_k);
+      w = {0, 0, group, t.m_tile * tile_m, t.n_tile * tile_n, p.m, 0, blocks, start, size - (blocks - 1) * p.stage_k};
       return true;
     }
   };

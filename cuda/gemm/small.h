@@ -170,7 +170,7 @@ struct Small {
       if (!b_rows) next = block_scale(p, w, k + 1 < last_k ? k + 1 : k);  // a stage ahead of its use
       mbarrier_wait(s.full[at.stage], at.phase);
       float sums[count];
-      multiply_stage<Format, rows>(sums, operand(&s.b[at.stage]), operand(&s.a[at.stage]));
+      multiply_stage<Format, rows>(sums, operand<Format>(&s.b[at.stage]), operand<Format>(&s.a[at.stage]));
       if constexpr (b_rows) {
         upper = load(s.b_scales[at.stage][fragment_row(0)]);
         lower = load(s.b_scales[at.stage][fragment_row(2)]);
@@ -189,7 +189,7 @@ struct Small {
   DEVICE static void add(Smem& s, Work w, At& at, float (&totals)[count]) {
     for (int k = 0; k < w.k_blocks; ++k, at.advance()) {
       mbarrier_wait(s.full[at.stage], at.phase);
-      multiply_stage<Format, count * 2>(totals, operand(&s.b[at.stage]), operand(&s.a[at.stage]));
+      multiply_stage<Format, count * 2>(totals, operand<Format>(&s.b[at.stage]), operand<Format>(&s.a[at.stage]));
       wgmma_wait_group<0>(totals);
       release(s.empty[at.stage]);
     }

@@ -11,7 +11,7 @@
 
 namespace jaxkern::cuda::kernels {
 
-constexpr int block_k = 128;  // bytes of one stage; of e4m3, the elements of one scale
+constexpr int block_k = 128;  // bytes of one row in one stage; of e4m3, the elements of one scale
 constexpr int swizzle_row = 128;
 constexpr int swizzle_group = 8 * swizzle_row;
 
@@ -31,36 +31,50 @@ struct Position {
 };
 
 // What a and b are: e4m3, a with scales of 1 x 128 and b with those of its blocks of 128 x 128 or of 1 x 128, or
-// bfloat16.
+// bfloat16. `stage_k` elements of k make a stage.
 struct BlockScaled {
   static constexpr const char* name = "BlockScaled";
-  static constexpr bool scaled = true, b_rows = false;
+  static constexpr bool scaled = true, b_rows = false, k_major = true;
+  static constexpr int stage_k = block_k;
 };
 struct RowScaled {
   static constexpr const char* name = "RowScaled";
-  static constexpr bool scaled = true, b_rows = true;
+  static constexpr bool scaled = true, b_rows = true, k_major = true;
+  static constexpr int stage_k = block_k;
 };
 struct Unscaled {
   static constexpr const char* name = "Unscaled";
-  static constexpr bool scaled = false, b_rows = false;
+  static constexpr bool scaled = false, b_rows = false, k_major = true;
+  static constexpr int stage_k = block_k / 2;
 };
+// bfloat16 a [k, m] and b [k, n]. In a stage 64 columns of them lie as the copy engine brings them: stage_k rows of 128
+// bytes, then the next 64 columns. As many bytes for a row of the result as in the other formats.
+struct Transposed {
+  static constexpr const char* name = "Transposed";
+  static constexpr bool scaled = false, b_rows = false, k_major = false;
+  static constexpr int stage_k = block_k / 2;
+};
+constexpr int box_columns = swizzle_row / 2;
 
-// What a product of one stage reads from `rows` on.
-DEVICE uint64_t operand(const void* rows) {
-  return matrix_descriptor(shared_address(rows), 0, swizzle_group, Swizzle::bytes_128);
+// What a product of one stage reads from `first` on.
+template <typename Format>
+DEVICE uint64_t operand(const void* first) {
+  constexpr int leading = Format::k_major ? 0 : box_columns * block_k;
+  return matrix_descriptor(shared_address(first), leading, swizzle_group, Swizzle::bytes_128);
 }
 
 // sums = a b^T over one stage, for 64 rows of the left operand; unscaled, it is added to sums. In flight when it
 // returns.
 template <typename Format, int n>
 DEVICE void multiply_stage(float (&sums)[n / 2], uint64_t a, uint64_t b AND_WHERE) {
+  constexpr int step = (Format::k_major ? 32 : 16 * swizzle_row) / 16;  // along k, in units of a descriptor
   wgmma_fence(SIM(where));
 #pragma unroll
   for (int k = 0; k < block_k / 32; ++k) {
     if constexpr (Format::scaled)
-      wgmma_e4m3<n>(sums, a + k * 2, b + k * 2, k > 0 SIM(, where));
+      wgmma_e4m3<n>(sums, a + k * step, b + k * step, k > 0 SIM(, where));
     else
-      wgmma_16bit<bfloat16, n>(sums, a + k * 2, b + k * 2, true SIM(, where));
+      wgmma_16bit<bfloat16, n, !Format::k_major, !Format::k_major>(sums, a + k * step, b + k * step, true SIM(, where));
   }
   wgmma_commit_group(SIM(where));
 }

@@ -117,8 +117,8 @@ void cp_async_mbarrier_arrive(uint32_t barrier, Where where);
 enum class Format { e4m3, bfloat16, float16 };
 
 void wgmma_fence(Where where);
-void wgmma(Format format, int n, float* d, const uint32_t* a_fragment, uint64_t a, uint64_t b, bool transposed_b,
-           bool accumulate, Where where);
+void wgmma(Format format, int n, float* d, const uint32_t* a_fragment, uint64_t a, uint64_t b, bool transposed_a,
+           bool transposed_b, bool accumulate, Where where);
 void wgmma_commit_group(Where where);
 void wgmma_wait_group(int pending, std::initializer_list<float*> accumulators, Where where);
 

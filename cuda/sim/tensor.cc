@@ -34,7 +34,7 @@ struct Matrix {
   uint32_t piece(int r, int c) const {
     return swizzled(start + r / 8 * stride + r % 8 * width + (width > 16 ? c * 16 : c * leading));
   }
-  // MN-major: eight columns from 8 j on, of row r of k.
+  // MN-major: eight columns of B, or rows of A, from 8 j on, of row r of k.
   uint32_t transposed_piece(int r, int j) const {
     int pieces = width / 16;
     return swizzled(start + j / pieces * leading + r / 8 * stride + r % 8 * width + j % pieces * 16);
@@ -117,8 +117,8 @@ void wgmma_fence(Where where) {
   machine().collective("wgmma.fence", where, 0, nullptr, [](Warp& w, Collective&) { w.fenced = true; });
 }
 
-void wgmma(Format format, int n, float* d, const uint32_t* a_fragment, uint64_t a, uint64_t b, bool transposed_b,
-           bool accumulate, Where where) {
+void wgmma(Format format, int n, float* d, const uint32_t* a_fragment, uint64_t a, uint64_t b, bool transposed_a,
+           bool transposed_b, bool accumulate, Where where) {
   Machine& m = machine();
   struct Call {
     float* d;
@@ -145,14 +145,20 @@ void wgmma(Format format, int n, float* d, const uint32_t* a_fragment, uint64_t 
     // Shared memory is read from now on, at any moment.
     int k = format == Format::e4m3 ? 32 : 16;
     std::vector<uint32_t> a_pieces, b_pieces;
+    auto matrix_of = [&](uint64_t descriptor, bool transposed) {
+      Matrix matrix(descriptor, where);
+      if (transposed && matrix.width == 16) fail(where, "an MN-major matrix without a swizzle is not modelled");
+      return matrix;
+    };
     if (!first.a_fragment) {
-      Matrix matrix(first.a, where);
+      Matrix matrix = matrix_of(first.a, transposed_a);
       for (int r = 0; r < 16; ++r)
-        for (int piece = 0; piece < 2; ++piece) a_pieces.push_back(matrix.piece(16 * in_group + r, piece));
+        for (int piece = 0; piece < 2; ++piece)
+          a_pieces.push_back(transposed_a ? matrix.transposed_piece(r, 2 * in_group + piece)
+                                          : matrix.piece(16 * in_group + r, piece));
     }
-    Matrix matrix(first.b, where);
+    Matrix matrix = matrix_of(first.b, transposed_b);
     if (transposed_b) {
-      if (matrix.width == 16) fail(where, "an MN-major matrix without a swizzle is not modelled");
       for (int r = 0; r < k; ++r)
         for (int j = 0; j < n / 8; ++j) b_pieces.push_back(matrix.transposed_piece(r, j));
     } else {
@@ -218,7 +224,12 @@ void wgmma(Format format, int n, float* d, const uint32_t* a_fragment, uint64_t 
       float left[16 * most_k], right[most_k * most_n];
       auto bytes = [&](uint32_t address) { return block.shared + (address - shared_base); };
       if (fragment.empty()) {
-        for (int i = 0; i < 32; ++i) decode(format, bytes(a_pieces[i]), left + i / 2 * k + i % 2 * (k / 2), 1);
+        for (int i = 0; i < 32; ++i) {
+          if (transposed_a)
+            decode(format, bytes(a_pieces[i]), left + i % 2 * 8 * k + i / 2, k);
+          else
+            decode(format, bytes(a_pieces[i]), left + i / 2 * k + i % 2 * (k / 2), 1);
+        }
       } else {
         std::copy(fragment.begin(), fragment.end(), left);
       }

@@ -1071,7 +1071,7 @@ constexpr int a_image = 8192, b_image = 32768;
 
 enum class Format { e4m3, bf16, f16 };
 
-template <Format format, int n, bool a_in_registers, bool transposed_b, int steps>
+template <Format format, int n, bool a_in_registers, bool transposed_b, int steps, bool transposed_a>
 struct Product : Kernel<128> {
   struct Smem {
     Tile<a_image> a;
@@ -1110,7 +1110,7 @@ struct Product : Kernel<128> {
       if constexpr (format != Format::e4m3 && a_in_registers)
         wgmma_16bit<Number, n, transposed_b>(d, fragments[step], b, accumulate);
       if constexpr (format != Format::e4m3 && !a_in_registers)
-        wgmma_16bit<Number, n, transposed_b>(d, a, b, accumulate);
+        wgmma_16bit<Number, n, transposed_b, transposed_a>(d, a, b, accumulate);
     }
     wgmma_commit_group();
     wgmma_wait_group<0>(d);
@@ -1125,7 +1125,7 @@ int unswizzled_position(int r, int b, int leading, int stride) {
 }
 
 // `by_columns`: without a swizzle, whether the 8 x 16 byte matrices lie column after column or row after row.
-template <Format format, int n, bool a_in_registers, bool transposed_b, int steps>
+template <Format format, int n, bool a_in_registers, bool transposed_b, int steps, bool transposed_a = false>
 void product(Swizzle swizzle, bool by_columns = false) {
   constexpr bool fp8 = format == Format::e4m3;
   constexpr int size = fp8 ? 1 : 2, k = steps * 32 / size, k_bytes = steps * 32;
@@ -1138,7 +1138,7 @@ void product(Swizzle swizzle, bool by_columns = false) {
     uint32_t code = fp8 ? want_e4m3(x) : format == Format::f16 ? want_float16(x) : as_bits(x) >> 16;
     memcpy(to, &code, size);
   };
-  Swizzle a_swizzle = transposed_b ? Swizzle::bytes_128 : swizzle;
+  Swizzle a_swizzle = transposed_b && !transposed_a ? Swizzle::bytes_128 : swizzle;
   Params p = {};
   p.n[6] = static_cast<int>(a_swizzle);
   p.n[7] = static_cast<int>(swizzle);
@@ -1155,20 +1155,26 @@ void product(Swizzle swizzle, bool by_columns = false) {
         put(image + at, matrix[r * k + i]);
       }
   };
-  std::vector<uint8_t> image(a_image + b_image, 0);
-  k_major(a, 64, a_swizzle, p.n, image.data());
-  if (!transposed_b) {
-    k_major(b, n, swizzle, p.n + 3, image.data() + a_image);
-  } else {  // rows of k; as many columns as the swizzle is wide, then the next columns of all rows
+  // Rows of k; as many columns as the swizzle is wide, then the next columns of all rows.
+  auto mn_major = [&](const std::vector<float>& matrix, int columns, int* how, uint8_t* image) {
     int width = 16 << static_cast<int>(swizzle);
-    p.n[3] = k * width;
-    p.n[4] = 8 * width;
-    p.n[5] = 16 * width;
-    for (int column = 0; column < n; ++column)
+    how[0] = k * width;
+    how[1] = 8 * width;
+    how[2] = 16 * width;
+    for (int column = 0; column < columns; ++column)
       for (int i = 0; i < k; ++i)
-        put(&image[a_image + column * 2 / width * k * width + swizzled_position(i, column * 2 % width, width, swizzle)],
-            b[column * k + i]);
-  }
+        put(image + column * 2 / width * k * width + swizzled_position(i, column * 2 % width, width, swizzle),
+            matrix[column * k + i]);
+  };
+  std::vector<uint8_t> image(a_image + b_image, 0);
+  if (transposed_a)
+    mn_major(a, 64, p.n, image.data());
+  else
+    k_major(a, 64, a_swizzle, p.n, image.data());
+  if (transposed_b)
+    mn_major(b, n, p.n + 3, image.data() + a_image);
+  else
+    k_major(b, n, swizzle, p.n + 3, image.data() + a_image);
   auto in = words_of(image);
   // D: thread t, item i.
   auto row = [](int t, int i) { return 16 * (t / 32) + t % 32 / 4 + (i & 2 ? 8 : 0); };
@@ -1187,7 +1193,7 @@ void product(Swizzle swizzle, bool by_columns = false) {
       }
   for (int accumulate = 0; accumulate < 2; ++accumulate) {
     p.at[0] = accumulate;
-    auto got = outputs<Product<format, n, a_in_registers, transposed_b, steps>>(in, 64 * n, p);
+    auto got = outputs<Product<format, n, a_in_registers, transposed_b, steps, transposed_a>>(in, 64 * n, p);
     for (int t = 0; t < 128; ++t)
       for (int i = 0; i < n / 2; ++i) {
         int r = row(t, i), col = column(t, i);
@@ -1219,7 +1225,7 @@ float tensor_sum(const std::vector<std::pair<float, float>>& products, float acc
   p.n[1] = p.n[4] = 256;
   p.n[6] = p.n[7] = static_cast<int>(Swizzle::bytes_32);
   p.at[0] = 1;
-  return as_float(outputs<Product<fp8 ? Format::e4m3 : Format::bf16, 8, false, false, 1>>(in, 64 * 8, p)[0]);
+  return as_float(outputs<Product<fp8 ? Format::e4m3 : Format::bf16, 8, false, false, 1, false>>(in, 64 * 8, p)[0]);
 }
 
 // Two factors that both formats hold, with the product s 2^e: e from -16 to 8, s of three bits.
@@ -1323,6 +1329,10 @@ void add_products(std::vector<Case>& cases) {
   add("f16, A in registers, B MN-major", [] { product<Format::f16, n, true, true, 4>(Swizzle::bytes_128); });
   add("f16, B MN-major", [] { product<Format::f16, n, false, true, 4>(Swizzle::bytes_128); });
   add("bf16, A in registers, B MN-major", [] { product<Format::bf16, n, true, true, 4>(Swizzle::bytes_128); });
+  add("bf16, A MN-major", [] { product<Format::bf16, n, false, false, 4, true>(Swizzle::bytes_128); });
+  add("f16, A MN-major", [] { product<Format::f16, n, false, false, 4, true>(Swizzle::bytes_128); });
+  add("bf16, A and B MN-major", [] { product<Format::bf16, n, false, true, 4, true>(Swizzle::bytes_128); });
+  add("f16, A and B MN-major", [] { product<Format::f16, n, false, true, 4, true>(Swizzle::bytes_128); });
 }
 
 template <bool fp8>
@@ -1338,6 +1348,10 @@ void add_layouts(std::vector<Case>& cases) {
   if constexpr (!fp8) {
     add("64-byte swizzle, B MN-major", [] { product<Format::bf16, 96, false, true, 4>(Swizzle::bytes_64); });
     add("32-byte swizzle, B MN-major", [] { product<Format::bf16, 96, false, true, 4>(Swizzle::bytes_32); });
+    add("64-byte swizzle, A and B MN-major",
+        [] { product<Format::bf16, 96, false, true, 4, true>(Swizzle::bytes_64); });
+    add("32-byte swizzle, A and B MN-major",
+        [] { product<Format::bf16, 96, false, true, 4, true>(Swizzle::bytes_32); });
   }
 }
 
