@@ -185,6 +185,9 @@ def cases(family: str | None, quick: bool) -> list[Case]:
         packed = lengths[:2] if quick else [*lengths[:2], lengths[3], lengths[5]]
         found += [mla_case(*size, varied=False, cache="fp8") for size in packed]
         found += [] if quick else [mla_case(*size, varied=False, cache="fp16") for size in lengths[:2]]
+        prefills = [(1, 4096, 128)] if quick else [(1, 4096, 128), (4, 1024, 128), (1, 16384, 16)]
+        found += [prefill_case(*size, causal=True) for size in prefills]
+        found += [] if quick else [prefill_case(*prefills[0], causal=False)]
     if family in (None, "moe"):
         for tokens in (4096,) if quick else (4096, 128):
             found += moe_cases(tokens, 7168, 256, 8)
@@ -421,6 +424,50 @@ def mla_case(b: int, s: int, h: int, length: int, varied: bool, cache: str = "bf
         {"ours": Form(ours, pick, fp8=False), "gather, einsum": Form(einsums, pick, fp8=False)},
         "gather, einsum",
         keys * (jaxkern.kv_cache.row_bytes() if cache == "fp8" else 2 * d) + 2 * b * s * h * (d + latent),
+    )
+
+
+def prefill_case(b: int, t: int, h: int, causal: bool) -> Case:
+    dk, dv = 192, 128
+    scale = dk**-0.5
+
+    def tensors(seed):
+        keys = jax.random.split(jax.random.key(seed), 3)
+        return {name: jax.random.normal(key, (b, t, h, d), BF16) for name, key, d in zip("qkv", keys, (dk, dk, dv))}
+
+    def prefill(implementation):
+        def run(q, k, v):
+            return jaxkern.mla_prefill(q, k, v, softmax_scale=scale, causal=causal, implementation=implementation)[0]
+
+        return run
+
+    def einsums(q, k, v):
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
+        if causal:
+            logits = jnp.where(jnp.tri(t, dtype=bool), logits, -jnp.inf)
+        return jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits).astype(BF16), v)
+
+    def cudnn(q, k, v):
+        v = jnp.pad(v, [(0, 0)] * 3 + [(0, dk - dv)])  # it takes keys and values of one width
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal, implementation="cudnn")[..., :dv]
+
+    def pick(x):
+        return x["q"], x["k"], x["v"]
+
+    pairs = b * h * (t * (t + 1) // 2 if causal else t * t)
+    return Case(
+        "mla",
+        "mla_prefill",
+        f"b{b} s{t} h{h}{' causal' if causal else ''}",
+        2 * pairs * (dk + dv),
+        tensors,
+        {
+            "ours": Form(prefill("cuda"), pick, fp8=False),
+            "XLA, block by block": Form(prefill("xla"), pick, fp8=False),
+            "einsum": Form(einsums, pick, fp8=False),
+            "cuDNN, padded": Form(cudnn, pick, fp8=False),
+        },
+        "einsum" if b * h * t * t < 1 << 32 else "XLA, block by block",
     )
 
 

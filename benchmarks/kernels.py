@@ -302,6 +302,7 @@ TOKENS = (20, 0, 129)
 
 # Queries, heads, keys in a page, lengths, num_splits: several pieces a block, rows that share keys, an empty request.
 DECODED = [(1, 128, 64, (700, 0, 130), None), (2, 40, 16, (300, 65), 3)]
+PREFILLED = [(2, 300, 2, 192), (1, 520, 1, 128)]  # sequences, tokens, heads, width of a key
 APPENDED = (4, 16, 64)  # requests, their new tokens, keys in a page
 MERGED = (3, 50, 512)
 ROUTED = (40, 256, 8)  # tokens, experts, groups
@@ -319,6 +320,7 @@ def simulate(seeds: int = 8) -> tuple[dict[str, Row], str]:
         kv_cache,
         merge_attention,
         mla_decode,
+        mla_prefill,
         moe,
         quantize,
         quantize_along_tokens,
@@ -380,6 +382,10 @@ def simulate(seeds: int = 8) -> tuple[dict[str, Row], str]:
             )
             call = functools.partial(mla_decode, *arrays, softmax_scale=576**-0.55, num_splits=num_splits)
             check(call, rtol=2.0**-6, atol=2e-3)
+    for b, tokens, heads, width in PREFILLED:
+        for dtype in (jnp.bfloat16, jnp.float16):
+            arrays = (normal(b, tokens, heads, d).astype(dtype) for d in (width, width, 128))
+            check(functools.partial(mla_prefill, *arrays, softmax_scale=width**-0.5), rtol=2.0**-6, atol=1e-2)
     requests, tokens, page = APPENDED
     table = jnp.asarray(random.permutation(2 * requests).reshape(requests, 2), jnp.int32)
     positions = jnp.asarray(random.integers(0, 2 * page, (requests, tokens)), jnp.int32)

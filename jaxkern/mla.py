@@ -138,13 +138,15 @@ def mla_prefill(
         dtype; lse float32 [b, t, h] or [t, h]. DeepSeek-V3 has dk = 192, dv = 128.
     Units: with causal, a query sees the keys up to its own position; without it, all of its sequence. Tokens outside
         the sequences may hold anything; they have out 0, lse -inf and no gradient. lse is the natural logarithm of the
-        sum of exp(softmax_scale * q . k). Weights and sums are float32. Memory is linear in t, and time in the pairs
-        of a query and a key that it sees.
+        sum of exp(softmax_scale * q . k). Weights and sums are float32; on Hopper a weight is rounded to q's dtype.
+        Memory is linear in t, and time in the pairs of a query and a key that it sees.
     Sharding: shard_map, over b and over h.
     Gradient: of out and lse, with respect to q, k and v. Results and gradients have the same bits on every run and on
         any number of threads.
-    Implementations: cpu, xla. A GPU runs the latter, block by block: cuDNN's kernel, as jax.nn.dot_product_attention
-        offers it, takes keys and values of one width, returns lse rounded to 16 bits and drops the gradient of lse.
+    Implementations: cpu, xla; cuda and sim for dk 192 or 128 and dv 128, of q, k and v all bfloat16 or all float16.
+        There a NaN in a token of one packed sequence may reach the others. Their gradient is that of no implementation:
+        on a GPU xla's, block by block. (cuDNN's kernel, as jax.nn.dot_product_attention offers it, takes keys and
+        values of one width, returns lse rounded to 16 bits and drops the gradient of lse.)
     Errors: TypeError for a dtype, ValueError for a shape or for both seq_lens and cu_seqlens.
     Source: DeepSeek-V2 report, section 2.1; FlashAttention-2.
     """
@@ -193,7 +195,7 @@ def _prefill_backward(static, residuals, cotangents):
     gradients = _ffi.call(
         MLA_PREFILL_BACKWARD,
         *_ffi.align(q, k, v, out, lse, *cotangents, first, last),
-        implementation=implementation,
+        implementation=None if implementation in ("cuda", "sim") else implementation,
         softmax_scale=softmax_scale,
     )
     return *(d.astype(x.dtype) for d, x in zip(gradients, (q, k, v), strict=True)), None, None
@@ -310,13 +312,26 @@ MERGE_ATTENTION = _ffi.Op(
     batch=_fold_parts,
     hopper=_ffi.Kernel(layouts=lambda **_: ((None, None), (None, None))),
 )
-_NO_GPU = "cuDNN's, through jax.nn.dot_product_attention, rounds lse to 16 bits and drops its gradient"
+
+
+def _hopper_refuses_prefill(q, k, v, *_, **__):
+    if q.shape[3] not in (128, 192) or v.shape[3] != 128:
+        return f"dk must be 128 or 192 and dv 128, got {q.shape[3]} and {v.shape[3]}"
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in HALVES:
+        return f"q, k and v must be all bfloat16 or all float16, got {q.dtype}, {k.dtype} and {v.dtype}"
+    return ""
+
+
 MLA_PREFILL = _ffi.Op(
     "mla_prefill",
     lambda q, k, v, *spans, **_: [(v.shape, q.dtype), (q.shape[:3], jnp.float32)],
     reference.mla_prefill,
     batch=_fold_all,
-    why=_NO_GPU,
+    hopper=_ffi.Kernel(
+        layouts=lambda **_: ((None,) * 5, (None, None)),
+        attributes=("softmax_scale",),
+        refuses=_hopper_refuses_prefill,
+    ),
 )
 MLA_PREFILL_BACKWARD = _ffi.Op(
     "mla_prefill_backward",
@@ -324,5 +339,5 @@ MLA_PREFILL_BACKWARD = _ffi.Op(
     reference.mla_prefill_backward,
     part_of="mla_prefill",
     batch=_fold_all,
-    why=_NO_GPU,
+    why="cuDNN's, through jax.nn.dot_product_attention, drops the gradient of lse",
 )

@@ -584,6 +584,23 @@ CASES = [
         primitive="jaxkern_mla_prefill",
     ),
     Case(
+        "mla_prefill",
+        _mla_prefill,
+        {
+            "q": normal(4, 24, 2, 192, dtype=jnp.bfloat16),
+            "k": normal(4, 24, 2, 192, seed=1, dtype=jnp.bfloat16),
+            "v": normal(4, 24, 2, 128, dtype=jnp.bfloat16),
+            "seq_lens": np.array([24, 7, 0, 1], np.int32),
+        },
+        specs=(ROWS, ROWS, ROWS, ROWS),
+        out_specs=(ROWS, ROWS),
+        symbolic=("b, 24, 2, 192", "b, 24, 2, 192", "b, 24, 2, 128", "b"),
+        mismatch=(("k", 3), ("v", 1), ("seq_lens", 0)),
+        primitive="jaxkern_mla_prefill",
+        variant="full",
+        rtol=2.0**-6,  # weights and result are bfloat16
+    ),
+    Case(
         "dispatch",
         _dispatch,
         _MOE,
@@ -676,6 +693,7 @@ HOPPER = [
         "mla_decode-full",
         "mla_decode-full-float16",
         "mla_decode-full-fp8",
+        "mla_prefill-full",
         "gemm-fp8",
         "grouped_gemm-fp8",
         "grouped_gemm-bf16",

@@ -1,4 +1,4 @@
-"""The Hopper kernels of MLA decoding: against loops in float64, in any order of what runs at the same time."""
+"""The Hopper kernels of MLA: against loops in float64, in any order of what runs at the same time."""
 
 import functools
 
@@ -8,9 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 from contract import HOPPER_IMPLEMENTATION
-from test_mla import FP8, decode_by_hand, flash_mla_accepts, paged
+from test_mla import FP8, cotangents, decode_by_hand, flash_mla_accepts, paged, prefill_by_hand, sequences
 
-from jaxkern import kv_cache, mla_decode
+from jaxkern import kv_cache, mla_decode, mla_prefill
 
 pytestmark = pytest.mark.skipif(HOPPER_IMPLEMENTATION == "none", reason="no implementation to test")
 
@@ -251,3 +251,99 @@ def test_what_the_kernel_refuses():
     ):
         with pytest.raises(NotImplementedError, match=f"mla_decode: .* cannot run this call: .*{why}"):
             jax.eval_shape(functools.partial(call, **kwargs), *arrays)
+
+
+# ---- prefill ----
+
+# Tokens, heads, width of keys, causal: less than a tile of queries, a block of keys that is not full, several blocks.
+PREFILLS = [(1, 1, 192, True), (130, 2, 192, True), (256, 3, 128, False), (300, 1, 192, False), (520, 2, 128, True)]
+
+
+def prefill(arrays, dk, **kwargs):
+    out, lse = mla_prefill(*arrays, softmax_scale=dk**-0.5, implementation=HOPPER_IMPLEMENTATION, **kwargs)
+    return np.asarray(out), np.asarray(lse)
+
+
+def check_prefill(arrays, got, sees, dk):
+    """Each weight is rounded once to the numbers' type, and each result."""
+    q, k, v = (np.asarray(x).astype(np.float64) for x in arrays)
+    rest = (sees, dk**-0.5, *cotangents(q, v))
+    out, lse, *_ = prefill_by_hand(q, k, v, *rest)
+    magnitude, *_ = prefill_by_hand(q, k, np.abs(v), *rest)
+    rounding = 2.0**-8 if arrays[0].dtype == BF16 else 2.0**-11
+    assert (np.abs(got[0].astype(np.float64) - out) <= rounding * (magnitude + np.abs(out)) + 1e-6).all()
+    flash_mla_accepts(got[0], out, np.inf, 0, 5e-6)
+    flash_mla_accepts(got[1], lse, 2e-6, 1e-5, 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("tokens,heads,dk,causal", PREFILLS, ids=str)
+def test_prefill(tokens, heads, dk, causal, dtype, simulator):
+    arrays = sequences(tokens, 2, tokens, heads, dk, 128, dtype)
+    got = prefill(arrays, dk, causal=causal)
+    sees = np.tri(tokens, dtype=bool) if causal else np.ones((tokens, tokens), bool)
+    check_prefill(arrays, got, np.broadcast_to(sees, (2, tokens, tokens)), dk)
+    if HOPPER_IMPLEMENTATION == "sim":
+        for seed in range(1, 8):
+            simulator.configure(seed=seed)
+            for again, first in zip(prefill(arrays, dk, causal=causal), got, strict=True):
+                np.testing.assert_array_equal(again, first)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_prefill_of_padded_sequences(causal):
+    """What lies past the end may be anything."""
+    t, lengths = 290, np.array([290, 131, 0, 1, 128])
+    inside = np.arange(t) < lengths[:, None]
+    arrays = sequences(3, 5, t, 2, 192, 128, BF16)
+    sees = inside[:, None, :] & inside[:, :, None] & (np.tri(t, dtype=bool) | (not causal))
+    seq_lens = jnp.asarray(lengths, jnp.int32)
+    got = prefill(arrays, 192, causal=causal, seq_lens=seq_lens)
+    check_prefill(arrays, got, sees, 192)
+    poisoned = [jnp.where(inside[..., None, None], x, jnp.nan) for x in arrays]
+    for again, first in zip(prefill(poisoned, 192, causal=causal, seq_lens=seq_lens), got, strict=True):
+        np.testing.assert_array_equal(again, first)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_prefill_of_packed_sequences(causal):
+    """Several in a tile, one over many, an empty one; tokens that belong to none."""
+    t, ends = 600, [3, 40, 40, 100, 480, 597]
+    q, k, v = sequences(4, 1, t, 2, 192, 128, BF16)
+    sequence = np.searchsorted(ends, np.arange(t), side="right") - 1
+    sequence = np.where(sequence < len(ends) - 1, sequence, -1)
+    sees = (sequence[:, None] == sequence) & (sequence >= 0) & (np.tri(t, dtype=bool) | (not causal))
+    outside = jnp.asarray(sequence < 0)[:, None, None]
+    packed = [jnp.where(outside, jnp.inf, x[0]) for x in (q, k, v)]
+    out, lse = prefill(packed, 192, causal=causal, cu_seqlens=jnp.asarray(ends, jnp.int32))
+    assert not out[sequence < 0].any()
+    check_prefill((q, k, v), (out[None], lse[None]), sees[None], 192)
+
+
+def test_prefill_of_large_logits_neither_overflows_nor_vanishes():
+    for dtype in (BF16, F16):
+        q, k, v = sequences(6, 1, 300, 2, 128, 128, dtype)
+        arrays = q * dtype(20), k, v
+        check_prefill(arrays, prefill(arrays, 128, causal=False), np.ones((1, 300, 300), bool), 128)
+
+
+def test_prefill_gradients():
+    """Forward through the kernel, backward as without it."""
+    arrays = sequences(7, 1, 200, 2, 192, 128, BF16)
+    d_out, d_lse = cotangents(arrays[0], arrays[2])
+    _, backward = jax.vjp(
+        lambda *a: mla_prefill(*a, softmax_scale=192**-0.5, implementation=HOPPER_IMPLEMENTATION), *arrays
+    )
+    expected = prefill_by_hand(*arrays, np.tri(200, dtype=bool)[None], 192**-0.5, d_out, d_lse)[2:]
+    for got, e in zip(backward((jnp.asarray(d_out), jnp.asarray(d_lse))), expected, strict=True):
+        assert got.dtype == jnp.bfloat16
+        flash_mla_accepts(got, e, 1e-2 * np.abs(e).max(), 1 / 64, 2e-5)
+
+
+def test_prefill_refuses_other_widths_and_types():
+    q, k, v = sequences(0, 1, 8, 1, 64, 128, BF16)
+    with pytest.raises(NotImplementedError, match="mla_prefill: .* dk must be 128 or 192 and dv 128, got 64 and 128"):
+        prefill((q, k, v), 64)
+    q, k, v = sequences(0, 1, 8, 1, 192, 128)
+    with pytest.raises(NotImplementedError, match="mla_prefill: .* must be all bfloat16 or all float16, got float32"):
+        prefill((q, k, v), 192)

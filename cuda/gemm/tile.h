@@ -8,27 +8,13 @@
 #include <string>
 
 #include "cuda/arch/arch.h"
+#include "cuda/ring.h"
 
 namespace jaxkern::cuda::kernels {
 
 constexpr int block_k = 128;  // bytes of one row in one stage; of e4m3, the elements of one scale
 constexpr int swizzle_row = 128;
 constexpr int swizzle_group = 8 * swizzle_row;
-
-// Where a role stands in a ring of stages. A consumer waits for a full stage with `phase`, a producer for an empty one
-// with the other: "the phase before the first" has ended.
-template <int stages>
-struct Position {
-  int stage = 0;
-  uint32_t phase = 0;
-
-  DEVICE void advance() {
-    if (++stage == stages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
 
 // What a and b are: e4m3, a with scales of 1 x 128 and b with those of its blocks of 128 x 128 or of 1 x 128, or
 // bfloat16. `stage_k` elements of k make a stage.

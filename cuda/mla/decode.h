@@ -14,6 +14,8 @@
 
 #include "cuda/fours.h"
 #include "cuda/mla/schedule.h"
+#include "cuda/ring.h"
+#include "cuda/softmax.h"
 
 namespace jaxkern::cuda::kernels {
 
@@ -50,11 +52,6 @@ struct MlaDecodeKernel {
   static_assert(copy_registers + 2 * math_registers <= 3 * registers);  // a block has no others
   static constexpr int tile_bytes = 64 * 128, half_keys = key_block / 2;
   static constexpr int columns = mla_latent / 2;  // of the result, for each warpgroup
-  // What the exponents of a row's weights are counted from stays the same until a logit is more than this above it;
-  // then all that was summed so far is multiplied. It may be any number that keeps weights finite.
-  static constexpr float headroom = std::is_same_v<Number, float16> ? 5 : 8;
-  // Weights are kept times 2^this: far below the largest one float16 has few bits, and then none.
-  static constexpr float weight_exponent = std::is_same_v<Number, float16> ? 10 : 0;
   static std::string name() { return std::string("MlaDecodeKernel<") + format_name<Format> + ">"; }
 
   using Params = MlaParams<Format>;
@@ -312,27 +309,8 @@ struct MlaDecodeKernel {
 
   // ---- attention ----
 
-  DEVICE static float max_of_quad(float x) {
-    x = fmaxf(x, shfl_xor(x, 1));
-    return fmaxf(x, shfl_xor(x, 2));
-  }
-  DEVICE static float sum_of_quad(float x) {
-    x += shfl_xor(x, 1);
-    return x + shfl_xor(x, 2);
-  }
-
-  DEVICE static void release(Barrier& barrier) {
-    syncwarp();
-    if (lane_index() == 0) mbarrier_arrive(barrier);
-  }
-
-  // Two rows of a thread, eight apart.
-  struct Rows {
-    // What the exponents of the weights are counted from: the largest logit, but for the headroom.
-    float largest[2] = {-__builtin_inff(), -__builtin_inff()};
-    float total[2] = {0, 0};  // of this warpgroup's blocks
-    float factor[2];          // what was summed so far is to be multiplied by
-    int limit[2];             // the keys of a row are the tokens below
+  struct Rows : Softmax<Number> {
+    int limit[2];  // the keys of a row are the tokens below
 
     DEVICE Rows(const Params& p, const Piece& piece) {
 #pragma unroll
@@ -340,15 +318,6 @@ struct MlaDecodeKernel {
         int query = (piece.group * mla_rows + fragment_row(2 * j)) / p.heads;
         limit[j] = p.causal ? piece.length - (p.queries - 1 - query) : piece.length;
       }
-    }
-
-    // Exponents are counted from `next` on; true if they were not.
-    DEVICE bool count_from(int j, float next) {
-      bool grows = next != largest[j];
-      factor[j] = grows ? ex2(largest[j] - next) : 1;
-      largest[j] = next;
-      total[j] *= factor[j];
-      return grows;
     }
   };
 
@@ -421,48 +390,20 @@ struct MlaDecodeKernel {
       bar_arrive(1, math_threads);
     else
       bar_arrive(2, math_threads);
-    if (ballot(grown)) shrink(rows, result);
+    if (ballot(grown)) rows.shrink(result);
     add_values(s, half, half, weights, result);
     wgmma_wait_group<0>(result);
-  }
-
-  DEVICE static void shrink(const Rows& rows, float (&result)[columns / 2]) {
-#pragma unroll
-    for (int i = 0; i < columns / 2; ++i) result[i] *= rows.factor[i / 2 % 2];
   }
 
   // Weights from logits; true if the result is to shrink.
   DEVICE static bool weigh(const Params& p, const uint32_t (&exists)[2], int block, Rows& rows,
                            float (&logits)[key_block / 2]) {
-    constexpr float minus_infinity = -__builtin_inff();
     int least = rows.limit[0] < rows.limit[1] ? rows.limit[0] : rows.limit[1];
     bool all = (exists[0] & exists[1]) == 0xffffffff && (block + 1) * key_block <= least;
-#pragma unroll
-    for (int i = 0; i < key_block / 2; ++i) logits[i] *= p.scale_log2;
-    if (!all) {
-#pragma unroll
-      for (int i = 0; i < key_block / 2; ++i) {
-        int key = fragment_column(i);
-        bool counts = exists[i / (key_block / 4)] >> key % 32 & 1 && block * key_block + key < rows.limit[i / 2 % 2];
-        if (!counts) logits[i] = minus_infinity;
-      }
-    }
-    float most[2] = {minus_infinity, minus_infinity}, base[2];
-    bool grown = false;
-#pragma unroll
-    for (int i = 0; i < key_block / 2; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], logits[i]);
-#pragma unroll
-    for (int j = 0; j < 2; ++j) {
-      most[j] = max_of_quad(most[j]);
-      grown |= rows.count_from(j, most[j] > rows.largest[j] + headroom ? most[j] : rows.largest[j]);
-      base[j] = (rows.largest[j] == minus_infinity ? 0 : rows.largest[j]) - weight_exponent;
-    }
-#pragma unroll
-    for (int i = 0; i < key_block / 2; ++i) {
-      logits[i] = ex2(logits[i] - base[i / 2 % 2]);
-      rows.total[i / 2 % 2] += logits[i];
-    }
-    return grown;
+    return rows.weigh(logits, p.scale_log2, all, [&](int i) {
+      int key = fragment_column(i);
+      return exists[i / (key_block / 4)] >> key % 32 & 1 && block * key_block + key < rows.limit[i / 2 % 2];
+    });
   }
 
   DEVICE static void keep_queries(Smem& s, Queries& q) {
@@ -525,7 +466,7 @@ struct MlaDecodeKernel {
     bool grown = false;
 #pragma unroll
     for (int j = 0; j < 2; ++j) grown |= rows.count_from(j, load(s.largest[1 - half][fragment_row(2 * j)]));
-    if (ballot(grown)) shrink(rows, result);
+    if (ballot(grown)) rows.shrink(result);
     uint64_t a = matrix_descriptor(shared_address(&s.weights), 0, 1024, Swizzle::bytes_128);
     uint64_t b = values(s, 1 - half, half);
     wgmma_fence(result);
@@ -584,9 +525,9 @@ struct MlaDecodeKernel {
       float sum = load(s.total[0][row]) + load(s.total[1][row]);
       inverse[j] = sum == 0 ? 0 : rcp(sum);
       if (half != 0 || lane_index() % 4 != 0 || piece.group * mla_rows + row >= p.sizes.rows) continue;
-      float lse = sum == 0 ? -__builtin_inff() : rows.largest[j] + lg2(sum) - weight_exponent;
+      float lse = rows.log2_sum(j, sum);
       if (piece.whole)
-        store_global(p.lse, to + row, lse * 0.693147181f);
+        store_global(p.lse, to + row, lse * ln2);
       else
         store_global(p.partial_lse, to + row, lse);
     }
@@ -691,8 +632,7 @@ struct MlaMergeKernel {
       store_global(p.out, int64_t(i) * mla_latent + column,
                    Pack<uint32_t, 2>{to_pair(sums[0] * inverse, sums[1] * inverse, T{}),
                                      to_pair(sums[2] * inverse, sums[3] * inverse, T{})});
-      if (thread_index() == 0)
-        store_global(p.lse, i, total == 0 ? -__builtin_inff() : (most + lg2(total)) * 0.693147181f);
+      if (thread_index() == 0) store_global(p.lse, i, total == 0 ? -__builtin_inff() : (most + lg2(total)) * ln2);
     }
   }
 };

@@ -1,0 +1,57 @@
+#include "cuda/mla_prefill/mla_prefill.h"
+
+#include "bindings/cuda/launch.h"
+
+namespace jaxkern {
+namespace {
+
+using enum ffi::DataType;
+
+ffi::Error mla_prefill(cuda::Stream stream, Buffer q, Buffer k, Buffer v, Buffer first, Buffer last, Result out,
+                       Result lse, float softmax_scale) {
+  Check check("mla_prefill");
+  check.rank("q", q, 4);
+  if (check.failed()) return check.error();
+  int64_t batch = q.dimensions()[0], tokens = q.dimensions()[1], heads = q.dimensions()[2], width = q.dimensions()[3];
+
+  check.dtype("q", q, {BF16, F16});
+  check.that(width == 128 || width == 192, "the last size of q must be 128 or 192");
+  check.shape("k", k, {batch, tokens, heads, width});
+  check.dtype("k", k, {q.element_type()});
+  check.shape("v", v, {batch, tokens, heads, cuda::prefill_value_width});
+  check.dtype("v", v, {q.element_type()});
+  check.shape("first", first, {batch, tokens});
+  check.dtype("first", first, {S32});
+  check.shape("last", last, {batch, tokens});
+  check.dtype("last", last, {S32});
+  check.shape("out", *out, {batch, tokens, heads, cuda::prefill_value_width});
+  check.dtype("out", *out, {q.element_type()});
+  check.shape("lse", *lse, {batch, tokens, heads});
+  check.dtype("lse", *lse, {F32});
+  check.that(is_size(tokens + 256) && is_size(heads * width) && is_size(batch * heads * (tokens / 128 + 1)),
+             "tokens, the heads' numbers and the tiles of queries must be int32");
+  check.that(aligned({q.untyped_data(), k.untyped_data(), v.untyped_data(), out->untyped_data()}),
+             "every buffer must be aligned to 16 bytes");
+  if (check.failed()) return check.error();
+
+  return to_error("mla_prefill", cuda::mla_prefill({.q = q.untyped_data(),
+                                                    .k = k.untyped_data(),
+                                                    .v = v.untyped_data(),
+                                                    .first = first.typed_data<int32_t>(),
+                                                    .last = last.typed_data<int32_t>(),
+                                                    .out = out->untyped_data(),
+                                                    .lse = lse->typed_data<float>(),
+                                                    .type = float_of(q.element_type()),
+                                                    .softmax_scale = softmax_scale,
+                                                    .batch = batch,
+                                                    .tokens = tokens,
+                                                    .heads = heads,
+                                                    .key_width = width},
+                                                   stream));
+}
+
+}  // namespace
+
+JAXKERN_HOPPER_HANDLERS(mla_prefill, 1, signature(Operands<5>{}, Results<2>{}).Attr<float>("softmax_scale"));
+
+}  // namespace jaxkern

@@ -1,0 +1,33 @@
+// Attention of sequences to themselves on Hopper, with keys and values of their own for each head. No CUDA header is
+// needed to include it.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/stream.h"
+
+namespace jaxkern::cuda {
+
+constexpr int prefill_value_width = 128;  // and a key is 128 or 192 wide
+
+// out = softmax(scale q k^T) v for each head, of a query and the keys of the tokens [first, last). q, k, v and out are
+// of one type, aligned to 16 bytes.
+struct MlaPrefill {
+  const void* q;         // [batch, tokens, heads, key_width]
+  const void* k;         // as q
+  const void* v;         // [batch, tokens, heads, prefill_value_width]
+  const int32_t* first;  // [batch, tokens]; a token that sees no key is none itself: it may hold anything
+  const int32_t* last;   // [batch, tokens]
+  void* out;             // as v
+  float* lse;            // [batch, tokens, heads], natural logarithm
+  Float type;            // bfloat16 or float16
+  float softmax_scale;
+  int64_t batch, tokens, heads, key_width;
+};
+
+Error mla_prefill(const MlaPrefill& prefill, Stream stream);
+
+// Load every kernel that it may launch, on the current device.
+Error prepare_mla_prefill();
+
+}  // namespace jaxkern::cuda
