@@ -36,49 +36,83 @@ Error with_type(Float type, F f) {
 DEVICE uint32_t to_pair(float low, float high, bfloat16 AND_WHERE) { return cvt_bf16x2(low, high SIM(, where)); }
 DEVICE uint32_t to_pair(float low, float high, float16 AND_WHERE) { return cvt_f16x2(low, high SIM(, where)); }
 
+// Four neighbouring elements, in words until they are used: nvcc takes 16-bit elements of a load apart where it
+// arrives, and so waits for it before the next load.
+template <typename T>
+struct alignas(4 * sizeof(T)) Four {
+  uint32_t word[sizeof(T)];
+};
+
+template <typename T>
+using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+
+template <typename T>
+DEVICE Bits<T> bits_at(const Four<T>& four, int i) {
+  constexpr int bytes = sizeof(T);
+  return static_cast<Bits<T>>(four.word[i * bytes / 4] >> i * bytes % 4 * 8);
+}
+
 // From element `at` on; those from `count` on, which may be negative, are zero. `vectors`: at and count are multiples
 // of 4, and x is aligned for four.
-template <typename T>
-DEVICE Pack<T, 4> load_four(Global<const T> x, int64_t at, int count, bool vectors AND_WHERE) {
-  Pack<T, 4> four = {};
-  if (vectors) {
-    if (count > 0) four = load_global<Pack<T, 4>>(x, at SIM(, where));
+template <bool vectors, typename T>
+DEVICE Four<T> load_four(Global<const T> x, int64_t at, int count AND_WHERE) {
+  constexpr int bytes = sizeof(T);
+  Four<T> four = {};
+  if constexpr (vectors) {
+    if (count > 0) four = load_global<Four<T>>(x, at SIM(, where));
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (i < count) four.item[i] = load_global<T>(x, at + i SIM(, where));
+      if (i < count)
+        four.word[i * bytes / 4] |= uint32_t(load_global<Bits<T>>(x, at + i SIM(, where))) << i * bytes % 4 * 8;
   }
   return four;
 }
 
-template <typename T>
-DEVICE void store_four(Global<T> x, int64_t at, int count, const Pack<T, 4>& four, bool vectors AND_WHERE) {
-  if (vectors) {
+template <bool vectors, typename T>
+DEVICE void store_four(Global<T> x, int64_t at, int count, const Four<T>& four AND_WHERE) {
+  if constexpr (vectors) {
     if (count > 0) store_global(x, at, four SIM(, where));
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (i < count) store_global(x, at + i, four.item[i] SIM(, where));
+      if (i < count) store_global(x, at + i, bits_at(four, i) SIM(, where));
   }
+}
+
+template <typename T>
+DEVICE Pack<float, 4> to_floats(const Four<T>& four) {
+  Pack<float, 4> floats;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (std::is_same_v<T, float>)
+      floats.item[i] = bits_float(four.word[i]);
+    else
+      floats.item[i] = to_float(T{bits_at(four, i)});
+  }
+  return floats;
+}
+
+template <typename T>
+DEVICE Four<T> round_to(const Pack<float, 4>& floats AND_WHERE) {
+  Four<T> four;
+  if constexpr (std::is_same_v<T, float>) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) four.word[i] = float_bits(floats.item[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) four.word[i] = to_pair(floats.item[2 * i], floats.item[2 * i + 1], T {} SIM(, where));
+  }
+  return four;
 }
 
 // Rounded to To; numbers that are already stay as they are, NaNs to the bit.
 template <typename To, typename From>
-DEVICE Pack<To, 4> convert(const Pack<From, 4>& four AND_WHERE) {
-  if constexpr (std::is_same_v<From, To>) {
+DEVICE Four<To> convert(const Four<From>& four AND_WHERE) {
+  if constexpr (std::is_same_v<From, To>)
     return four;
-  } else if constexpr (std::is_same_v<To, float>) {
-    return {to_float(four.item[0]), to_float(four.item[1]), to_float(four.item[2]), to_float(four.item[3])};
-  } else {
-    Pack<To, 4> result;
-#pragma unroll
-    for (int i = 0; i < 4; i += 2) {
-      uint32_t pair = to_pair(to_float(four.item[i]), to_float(four.item[i + 1]), To {} SIM(, where));
-      result.item[i] = {static_cast<uint16_t>(pair)};
-      result.item[i + 1] = {static_cast<uint16_t>(pair >> 16)};
-    }
-    return result;
-  }
+  else
+    return round_to<To>(to_floats(four) SIM(, where));
 }
 
 }  // namespace jaxkern::cuda::kernels

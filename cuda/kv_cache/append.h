@@ -10,6 +10,8 @@ namespace jaxkern::cuda::kernels {
 template <typename From, typename To>
 struct AppendRows {
   static constexpr int threads = 256, warps = threads / warp_size, most_rows = 32;
+  static constexpr int resident = 4;
+  static constexpr int fours = std::is_same_v<To, Packed> ? 4 : 5;  // of a lane at once: MLA's 512 columns, or 576
   static std::string name() { return std::string("AppendRows<") + format_name<From> + ", " + format_name<To> + ">"; }
 
   using Element = std::conditional_t<std::is_same_v<To, Packed>, uint8_t, To>;
@@ -47,7 +49,12 @@ struct AppendRows {
     for (int i = 0; i < warps; ++i) late |= load(s.late[i]);
     for (int i = warp; i < p.block_rows; i += warps) {
       int slot = shfl(own, i);
-      if (slot >= 0 && !(late >> i & 1)) write(p, int64_t(first + i) * p.width, int64_t(slot) * p.stride);
+      if (slot < 0 || late >> i & 1) continue;
+      int64_t from = int64_t(first + i) * p.width, to = int64_t(slot) * p.stride;
+      if (p.vectors)
+        write<true>(p, from, to);
+      else
+        write<false>(p, from, to);
     }
   }
 
@@ -74,43 +81,66 @@ struct AppendRows {
     return late;
   }
 
+  template <bool vectors>
   DEVICE static void write(const Params& p, int64_t from, int64_t to) {
     if constexpr (std::is_same_v<To, Packed>) {
-      pack(p, from, to);
+      pack<vectors>(p, from, to);
     } else {
-#pragma unroll 4
-      for (int i = lane_index() * 4; i < p.width; i += warp_size * 4)
-        store_four(p.cache, to + i, p.width - i, convert<To>(load_four(p.rows, from + i, p.width - i, p.vectors)),
-                   p.vectors);
+#pragma unroll 1
+      for (int first = lane_index() * 4; first < p.width; first += fours * warp_size * 4) {
+        Four<From> x[fours];
+#pragma unroll
+        for (int j = 0; j < fours; ++j) {
+          int i = first + j * warp_size * 4;
+          x[j] = load_four<vectors>(p.rows, from + i, p.width - i);
+        }
+#pragma unroll
+        for (int j = 0; j < fours; ++j) {
+          int i = first + j * warp_size * 4;
+          store_four<vectors>(p.cache, to + i, p.width - i, convert<To>(x[j]));
+        }
+      }
     }
   }
 
   // A warp has four numbers a lane of a block that shares a scale.
+  template <bool vectors>
   DEVICE static void pack(const Params& p, int64_t from, int64_t to) {
     int blocks = static_cast<int>(ceil_div(p.latent, block_k));
     int64_t scales = to + p.latent, rope = scales + blocks * 4;
-#pragma unroll 4
-    for (int block = 0; block < blocks; ++block) {
-      int i = block * block_k + lane_index() * 4;
-      Pack<From, 4> four = load_four(p.rows, from + i, p.latent - i, p.vectors);
-      Words words;
+#pragma unroll 1
+    for (int first = 0; first < blocks; first += fours) {
+      Four<From> four[fours];
 #pragma unroll
-      for (int j = 0; j < 4; ++j) words.item[j] = float_bits(to_float(four.item[j]));
-      float scale = scale_of<float>(max_of_lanes<float, warp_size>(max_magnitude<float>(0u, words)), false);
-      if (lane_index() == 0) store_global(p.cache, scales + block * 4, scale);
-      float reciprocal = rcp(scale), x[4];
+      for (int j = 0; j < fours; ++j) {
+        int i = (first + j) * block_k + lane_index() * 4;
+        four[j] = load_four<vectors>(p.rows, from + i, p.latent - i);
+      }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) x[j] = quotient(bits_float(words.item[j]), scale, reciprocal);
-      uint32_t codes = cvt_e4m3x2(x[0], x[1]) | uint32_t(cvt_e4m3x2(x[2], x[3])) << 16;
-      if (i < p.latent) store_global(p.cache, to + i, codes);
+      for (int j = 0; j < fours; ++j) {
+        int block = first + j, i = block * block_k + lane_index() * 4;
+        if (block < blocks) pack_four(p, convert<float>(four[j]), i, to + i, scales + block * 4);
+      }
     }
     for (int i = lane_index() * 4; i < p.width - p.latent; i += warp_size * 4) {
       int count = p.width - p.latent - i;
-      Pack<bfloat16, 4> four = convert<bfloat16>(load_four(p.rows, from + p.latent + i, count, p.vectors));
+      Four<bfloat16> four = convert<bfloat16>(load_four<vectors>(p.rows, from + p.latent + i, count));
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        if (j < count) store_global(p.cache, rope + (i + j) * 2, four.item[j]);
+        if (j < count) store_global(p.cache, rope + (i + j) * 2, bits_at(four, j));
     }
+  }
+
+  // A lane's part of a block: numbers i to i + 3 of the row.
+  DEVICE static void pack_four(const Params& p, const Four<float>& four, int i, int64_t to, int64_t scale_to) {
+    Words words = {four.word[0], four.word[1], four.word[2], four.word[3]};
+    float scale = scale_of<float>(max_of_lanes<float, warp_size>(max_magnitude<float>(0u, words)), false);
+    if (lane_index() == 0) store_global(p.cache, scale_to, scale);
+    float reciprocal = rcp(scale), x[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) x[j] = quotient(bits_float(words.item[j]), scale, reciprocal);
+    uint32_t codes = cvt_e4m3x2(x[0], x[1]) | uint32_t(cvt_e4m3x2(x[2], x[3])) << 16;
+    if (i < p.latent) store_global(p.cache, to, codes);
   }
 };
 

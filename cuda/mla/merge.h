@@ -24,6 +24,14 @@ struct MergeAttentionKernel {
   struct Smem {};
 
   DEVICE static void run(const Params& p, Smem&) {
+    if (p.vectors)
+      run<true>(p);
+    else
+      run<false>(p);
+  }
+
+  template <bool vectors>
+  DEVICE static void run(const Params& p) {
     constexpr float log2e = 1.44269504f, ln2 = 0.693147181f;
     int warps = threads / warp_size;
     for (int64_t row = int64_t(block_index()) * warps + thread_index() / warp_size; row < p.rows;
@@ -39,11 +47,15 @@ struct MergeAttentionKernel {
           float lse = lse_of(p, part, row);
           if (lse == -__builtin_inff()) continue;  // without keys: what it holds may be anything
           float weight = ex2((lse - base) * log2e);
+          Four<T> out[fours];
 #pragma unroll
           for (int i = 0; i < fours; ++i) {
             int column = first + i * warp_size * 4;
-            Pack<float, 4> x = convert<float>(
-                load_four(p.outs, (part * p.rows + row) * p.width + column, p.width - column, p.vectors));
+            out[i] = load_four<vectors>(p.outs, (part * p.rows + row) * p.width + column, p.width - column);
+          }
+#pragma unroll
+          for (int i = 0; i < fours; ++i) {
+            Pack<float, 4> x = to_floats(out[i]);
 #pragma unroll
             for (int j = 0; j < 4; ++j) sums[i][j] = fma(weight, x.item[j], sums[i][j]);
           }
@@ -54,7 +66,7 @@ struct MergeAttentionKernel {
           Pack<float, 4> x;
 #pragma unroll
           for (int j = 0; j < 4; ++j) x.item[j] = sums[i][j] * inverse;
-          store_four(p.out, row * p.width + column, p.width - column, convert<T>(x), p.vectors);
+          store_four<vectors>(p.out, row * p.width + column, p.width - column, round_to<T>(x));
         }
       }
       if (lane_index() == 0) store_global(p.lse, row, base + lg2(total) * ln2);

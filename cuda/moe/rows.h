@@ -216,6 +216,9 @@ struct TakeQuantizedRows {
   }
 };
 
+// The first element of a row. Neither is negative, and without signs one instruction multiplies.
+DEVICE int64_t row_start(int row, int hidden) { return int64_t(uint32_t(row)) * uint32_t(hidden); }
+
 // ---- sums of a token's rows ----
 
 // The leaves of a token's tree, sorted by key, of each warp: a leaf's row and weight, and how many sums end with it.
@@ -233,6 +236,7 @@ struct AddRows {
   static constexpr int threads = 128, warps = threads / warp_size, resident = deep ? 3 : 6;
   static constexpr int most_pending = deep ? 31 : 7, fours = deep ? 1 : 2;
   static constexpr int columns = fours * warp_size * 4;
+  static constexpr int lane_bytes = 128;  // of rows, that a lane has in flight
   static std::string name() {
     return std::string("AddRows<") + format_name<T> + ", " + format_name<Out> + (deep ? ", true>" : ", false>");
   }
@@ -336,19 +340,23 @@ struct AddRows {
 
   template <bool vectors>
   DEVICE static void add(const Params& p, Smem& s, int token, int leaves, int column) {
-    constexpr int loads = vectors ? 4 : 1;  // leaves whose loads are in flight at once
+    constexpr int loads = vectors ? lane_bytes / (fours * sizeof(Four<T>)) : 1;  // leaves at once
     int warp = warp_index(), thread = thread_index(), pending = 0;
     Pack<float, 4> sum[fours] = {};
     for (int first = 0; first < leaves; first += loads) {
-      Pack<T, 4> x[loads][fours];
+      int rows[loads];
 #pragma unroll
       for (int i = 0; i < loads; ++i) {
-        if (first + i >= leaves) continue;
-        int64_t at = int64_t(load(s.leaves.row[warp][first + i])) * p.hidden;
+        int leaf = first + i < leaves ? first + i : first;
+        rows[i] = load(s.leaves.row[warp][leaf]);
+      }
+      Four<T> x[loads][fours];
+#pragma unroll
+      for (int i = 0; i < loads; ++i) {
 #pragma unroll
         for (int j = 0; j < fours; ++j) {
-          int here = column + j * warp_size * 4;
-          x[i][j] = load_four(p.rows, at + here, p.hidden - here, vectors);
+          int here = column + j * warp_size * 4, count = first + i < leaves ? p.hidden - here : 0;
+          x[i][j] = load_four<vectors>(p.rows, row_start(rows[i], p.hidden) + here, count);
         }
       }
 #pragma unroll
@@ -363,13 +371,14 @@ struct AddRows {
         }
 #pragma unroll
         for (int j = 0; j < fours; ++j) {
-          Pack<float, 4> term = convert<float>(x[i][j]);
+          Pack<float, 4> term = to_floats(x[i][j]);
 #pragma unroll
           for (int l = 0; l < 4; ++l) {
             float product = mul(term.item[l], weight);
             sum[j].item[l] = sums == 0 ? product : sum[j].item[l] + product;
           }
         }
+#pragma unroll 1  // most are one or none
         for (; sums > 1; --sums) {
           --pending;
 #pragma unroll
@@ -377,15 +386,26 @@ struct AddRows {
         }
       }
     }
+    if (p.bias.size) add_bias<vectors>(p, p.bias, sum, token, column);
+    if (p.narrow_bias.size) add_bias<vectors>(p, p.narrow_bias, sum, token, column);
 #pragma unroll
     for (int j = 0; j < fours; ++j) {
       int here = column + j * warp_size * 4;
-      int64_t at = int64_t(token) * p.hidden + here;
-      if (p.bias.size) sum[j] = plus(sum[j], load_four(p.bias, at, p.hidden - here, vectors));
-      if (p.narrow_bias.size)
-        sum[j] = plus(sum[j], convert<float>(load_four(p.narrow_bias, at, p.hidden - here, vectors)));
-      store_four(p.out, at, p.hidden - here, convert<Out>(sum[j]), vectors);
+      store_four<vectors>(p.out, int64_t(token) * p.hidden + here, p.hidden - here, round_to<Out>(sum[j]));
     }
+  }
+
+  template <bool vectors, typename Bias>
+  DEVICE static void add_bias(const Params& p, Global<const Bias> bias, Pack<float, 4> (&sum)[fours], int token,
+                              int column) {
+    Four<Bias> x[fours];
+#pragma unroll
+    for (int j = 0; j < fours; ++j) {
+      int here = column + j * warp_size * 4;
+      x[j] = load_four<vectors>(bias, int64_t(token) * p.hidden + here, p.hidden - here);
+    }
+#pragma unroll
+    for (int j = 0; j < fours; ++j) sum[j] = plus(sum[j], to_floats(x[j]));
   }
 
   DEVICE static Pack<float, 4> plus(const Pack<float, 4>& x, const Pack<float, 4>& y) {
@@ -401,7 +421,8 @@ struct AddRows {
 // A block of threads takes a token, eight of its rows at a time.
 template <typename T, typename X>
 struct MultiplyRows {
-  static constexpr int threads = 256, warps = threads / warp_size, resident = 4, rows = 8;
+  static constexpr int threads = 256, warps = threads / warp_size, rows = 8;
+  static constexpr int resident = sizeof(T) == 4 ? 3 : 4;  // with registers for the loads of eight rows
   static std::string name() { return std::string("MultiplyRows<") + format_name<T> + ", " + format_name<X> + ">"; }
 
   struct Params {
@@ -418,9 +439,15 @@ struct MultiplyRows {
 
   DEVICE static void run(const Params& p, Smem& s) {
     for (int token = block_index(); token < p.tokens; token += grid_size())
-      for (int first = 0; first < p.top_k; first += rows) multiply(p, s, token, first);
+      for (int first = 0; first < p.top_k; first += rows) {
+        if (p.vectors)
+          multiply<true>(p, s, token, first);
+        else
+          multiply<false>(p, s, token, first);
+      }
   }
 
+  template <bool vectors>
   DEVICE static void multiply(const Params& p, Smem& s, int token, int first) {
     int64_t choices = int64_t(token) * p.top_k;
     int warp = warp_index(), lane = lane_index(), slots[rows];
@@ -432,15 +459,18 @@ struct MultiplyRows {
     }
     for (int column = thread_index() * 4; column < p.hidden; column += threads * 4) {
       int count = p.hidden - column;
-      Pack<T, 4> row[rows];
+      Four<X> four = load_four<vectors>(p.x, int64_t(token) * p.hidden + column, count);
+      Four<T> row[rows];
 #pragma unroll
-      for (int i = 0; i < rows; ++i)
-        if (slots[i] >= 0) row[i] = load_four(p.rows, int64_t(slots[i]) * p.hidden + column, count, p.vectors);
-      Pack<float, 4> x = convert<float>(load_four(p.x, int64_t(token) * p.hidden + column, count, p.vectors));
+      for (int i = 0; i < rows; ++i) {
+        int64_t at = row_start(slots[i], p.hidden) + column;
+        row[i] = load_four<vectors>(p.rows, at, slots[i] < 0 ? 0 : count);
+      }
+      Pack<float, 4> x = to_floats(four);
 #pragma unroll
       for (int i = 0; i < rows; ++i) {
         if (slots[i] < 0) continue;
-        Pack<float, 4> y = convert<float>(row[i]);
+        Pack<float, 4> y = to_floats(row[i]);
 #pragma unroll
         for (int j = 0; j < 4; ++j) sums[i] = fma(x.item[j], y.item[j], sums[i]);
       }

@@ -35,38 +35,38 @@ struct QuantizeSwiglu {
     Shared<float> scales[tile_m];
   };
 
-  DEVICE static void load_floats(float (&to)[4], const Params& p, Global<const T> x, int64_t at, int count) {
-    Pack<T, 4> four = load_four(x, at, count, p.quantized.vectors);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) to[i] = to_float(four.item[i]);
+  DEVICE static void run(const Params& p, Smem& s) {
+    if (p.quantized.vectors)
+      run<true>(p, s);
+    else
+      run<false>(p, s);
   }
 
+  template <bool vectors>
   DEVICE static void run(const Params& p, Smem& s) {
     const QuantizeParams<float>& q = p.quantized;
     int k_block = block_index() % q.k_tiles, first = block_index() / q.k_tiles * tile_m;
     int warp = thread_index() / warp_size, column = k_block * block_k + lane_index() * 4;
-    float gate[rows][4], up[rows][4], weight[rows];
+    Four<T> gate[rows], up[rows];
+    float weight[rows];
 #pragma unroll
     for (int j = 0; j < rows; ++j) {
       int row = first + warp * rows + j, count = row < q.m ? q.k - column : 0;
-      load_floats(gate[j], p, p.gate, row * p.stride + column, count);
-      load_floats(up[j], p, p.up, row * p.stride + column, count);
+      gate[j] = load_four<vectors>(p.gate, row * p.stride + column, count);
+      up[j] = load_four<vectors>(p.up, row * p.stride + column, count);
       weight[j] = p.weights.size && row < q.m ? load_global<float>(p.weights, row) : 1;
     }
 #pragma unroll
     for (int j = 0; j < rows; ++j) {
       int row = first + warp * rows + j, count = row < q.m ? q.k - column : 0;
+      Pack<float, 4> x = to_floats(gate[j]), y = to_floats(up[j]);
       Words products;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) products.item[i] = float_bits(silu(gate[j][i]) * up[j][i] * weight[j]);
+      for (int i = 0; i < 4; ++i) products.item[i] = float_bits(silu(x.item[i]) * y.item[i] * weight[j]);
       uint32_t magnitude = max_of_lanes<float, warp_size>(max_magnitude<float>(0u, products));
       float scale = scale_of<float>(magnitude, q.power_of_two);
       if (lane_index() == 0) store(s.scales[warp * rows + j], scale);
-      int64_t at = int64_t(row) * q.k + column;
-      if (q.vectors)
-        store_values<float, true>(q, at, count, products, scale, rcp(scale));
-      else
-        store_values<float, false>(q, at, count, products, scale, rcp(scale));
+      store_values<float, vectors>(q, int64_t(row) * q.k + column, count, products, scale, rcp(scale));
     }
     bar_sync(0, threads);
     int row = first + thread_index();
