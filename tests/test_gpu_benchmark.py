@@ -33,7 +33,7 @@ def case_without_gpu(case):
 MACHINE = {"copy_bytes_per_s": 1e12, "bf16_flops_per_s": 1e14}
 
 
-@pytest.mark.parametrize("arguments, cases", [([], 98), (["--family", "quantize"], 2), (["--quick"], 31)])
+@pytest.mark.parametrize("arguments, cases", [([], 102), (["--family", "quantize"], 2), (["--quick"], 32)])
 def test_plan(arguments, cases, capsys):
     assert gpu.main(["--plan", *arguments]) == 0
     out = capsys.readouterr().out

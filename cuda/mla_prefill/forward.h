@@ -21,8 +21,8 @@ struct MlaPrefillParams {
   Global<const int32_t> first, last;
   Global<float> lse;
   int batch, tokens, heads;
-  int tiles, pairs;  // tiles of queries in a sequence, and half as many if one block of threads takes two together
-  float scale_log2;  // softmax_scale * log2(e)
+  int tiles, together, units;  // tiles of queries of a head; heads, 1 or 2, that are taken together; tiles of these
+  float scale_log2;            // softmax_scale * log2(e)
 };
 
 template <typename Number, int key_width>
@@ -76,20 +76,25 @@ struct MlaPrefillKernel {
 
   // ---- work ----
 
-  // The tiles of a head are taken in pairs, from its ends to the middle: with causal spans all pairs are as long.
-  // Neighbours are of one head, so that blocks of threads that run together share its keys in L2.
+  // The tiles of a head are neighbours: blocks of threads that run together share its keys in L2. A block takes a tile
+  // of one head and then one of the next head, from the other end: with causal spans all such pairs are as long.
   struct Walk {
-    int pair = block_index(), batch, head, query;  // `query`: the tile's first
-    bool second = false;
+    int unit = block_index(), part = 0, batch, head, query;  // `query`: the tile's first
 
     DEVICE bool next(const Params& p) {
-      if (pair >= p.batch * p.heads * p.pairs) return false;
-      int i = pair % p.pairs, other = p.tiles - 1 - i;
-      query = (second ? i : other) * query_rows;
-      head = pair / p.pairs % p.heads;
-      batch = pair / p.pairs / p.heads;
-      second = !second && p.pairs < p.tiles && i != other;
-      if (!second) pair += grid_size();
+      int sequence;
+      do {
+        if (unit >= p.units) return false;
+        int tile = unit % p.tiles;
+        query = (part == 0 ? p.tiles - 1 - tile : tile) * query_rows;
+        sequence = unit / p.tiles * p.together + part;
+        if (++part == p.together) {
+          part = 0;
+          unit += grid_size();
+        }
+      } while (sequence >= p.batch * p.heads);  // the last head may be alone
+      head = sequence % p.heads;
+      batch = sequence / p.heads;
       return true;
     }
   };

@@ -14,7 +14,8 @@ template <typename Number, int key_width>
 Error prefill(const MlaPrefill& g, Stream stream) {
   using Kernel = MlaPrefillKernel<Number, key_width>;
   int64_t tiles = ceil_div(g.tokens, Kernel::query_rows), spans = g.batch * g.tokens;
-  int64_t pairs = g.batch * g.heads * tiles <= multiprocessors() ? tiles : ceil_div(tiles, 2);
+  int64_t together = g.batch * g.heads * tiles <= multiprocessors() ? 1 : 2;
+  int64_t units = ceil_div(g.batch * g.heads, together) * tiles;
   MlaPrefillParams p = {.q = {},
                         .k = {},
                         .v = {},
@@ -26,7 +27,8 @@ Error prefill(const MlaPrefill& g, Stream stream) {
                         .tokens = static_cast<int>(g.tokens),
                         .heads = static_cast<int>(g.heads),
                         .tiles = static_cast<int>(tiles),
-                        .pairs = static_cast<int>(pairs),
+                        .together = static_cast<int>(together),
+                        .units = static_cast<int>(units),
                         .scale_log2 = g.softmax_scale * 1.44269504f};
   // Of 16 bits no more than the size of an element matters.
   auto map = [&](TensorMap& map, const void* data, int64_t width, int rows) {
@@ -38,7 +40,7 @@ Error prefill(const MlaPrefill& g, Stream stream) {
       first_error({map(p.q, g.q, key_width, Kernel::query_rows), map(p.k, g.k, key_width, Kernel::key_rows),
                    map(p.v, g.v, prefill_value_width, Kernel::key_rows), map(p.out, g.out, prefill_value_width, 16)});
   if (!error.empty()) return error;
-  return launch<Kernel>(std::min<int64_t>(g.batch * g.heads * pairs, multiprocessors()), 1, p, stream);
+  return launch<Kernel>(std::min<int64_t>(units, multiprocessors()), 1, p, stream);
 }
 
 template <typename Number>
