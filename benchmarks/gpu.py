@@ -433,7 +433,10 @@ def prefill_case(b: int, t: int, h: int, causal: bool) -> Case:
 
     def tensors(seed):
         keys = jax.random.split(jax.random.key(seed), 3)
-        return {name: jax.random.normal(key, (b, t, h, d), BF16) for name, key, d in zip("qkv", keys, (dk, dk, dv))}
+        return {
+            name: jax.random.normal(key, (b, t, h, d), BF16)
+            for name, key, d in zip("qkv", keys, (dk, dk, dv), strict=True)
+        }
 
     def ours(q, k, v):
         return jaxkern.mla_prefill(q, k, v, softmax_scale=scale, causal=causal, implementation="cuda")[0]

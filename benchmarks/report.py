@@ -74,8 +74,11 @@ def exchange_table() -> str:
 
 
 def serving_table() -> str:
-    """The committed generation over several GPUs, and where the time of its largest batch goes."""
-    record = json.loads((RESULTS / "serving.json").read_text())
+    """The committed runs of generation, and where the time of the largest batch goes."""
+    return "\n\n".join(_serving_run(json.loads(path.read_text())) for path in sorted(RESULTS.glob("serving*.json")))
+
+
+def _serving_run(record: dict) -> str:
     machine, model = record["machine"], record["model"]
     lines = [
         f"{machine['devices']} x {machine['device']}, JAX {machine['jax']}, {machine['date']}; "

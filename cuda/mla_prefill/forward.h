@@ -54,7 +54,7 @@ struct MlaPrefillKernel {
     if (warp == 0 && elect()) {
       for (const TensorMap* map : {&p.q, &p.k, &p.v, &p.out}) prefetch_tensormap(*map);
       constexpr int readers = math_threads / warp_size;
-      mbarrier_init(s.q_full, 1);
+      mbarrier_init(s.q_full, 1 + warp_size);  // the copy, and who stored spans
       mbarrier_init(s.q_empty, readers);
       for (int i = 0; i < stages; ++i) {
         mbarrier_init(s.keys_full[i], 1);
@@ -145,12 +145,12 @@ struct MlaPrefillKernel {
         store(s.first[i * warp_size + lane], first[i]);
         store(s.last[i * warp_size + lane], last[i]);
       }
-      syncwarp();
       if (elect()) {
         store(s.blocks[0], begin);
         store(s.blocks[1], end);
         copy(s.q, p.q, tile.head * key_width, tile.query, tile.batch, s.q_full);
       }
+      mbarrier_arrive(s.q_full);
       for (int block = begin; block < end; ++block, at.advance()) {
         int key = block * key_rows;
         uint32_t exists[key_rows / 32];
@@ -159,14 +159,15 @@ struct MlaPrefillKernel {
           int token = key + i * 32 + lane;
           exists[i] = ballot(token >= p.tokens || Span(p, tile.batch, token).any());  // zeros are copied from beyond
         }
-        mbarrier_wait(s.keys_empty[at.stage], at.phase ^ 1);
-        if (elect()) copy(s.keys[at.stage], p.k, tile.head * key_width, key, tile.batch, s.keys_full[at.stage]);
-        mbarrier_wait(s.values_empty[at.stage], at.phase ^ 1);
         if (elect()) {
+          mbarrier_wait(s.keys_empty[at.stage], at.phase ^ 1);
+          copy(s.keys[at.stage], p.k, tile.head * key_width, key, tile.batch, s.keys_full[at.stage]);
+          mbarrier_wait(s.values_empty[at.stage], at.phase ^ 1);
 #pragma unroll
           for (int i = 0; i < key_rows / 32; ++i) store(s.exists[at.stage][i], exists[i]);
           copy(s.values[at.stage], p.v, tile.head * value_width, key, tile.batch, s.values_full[at.stage]);
         }
+        syncwarp();
       }
     }
   }
