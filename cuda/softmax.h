@@ -8,7 +8,7 @@
 
 namespace jaxkern::cuda::kernels {
 
-constexpr float ln2 = 0.693147181f;
+constexpr float log2e = 1.44269504f, ln2 = 0.693147181f;
 
 DEVICE float max_of_quad(float x) {
   x = fmaxf(x, shfl_xor(x, 1));
@@ -78,7 +78,7 @@ struct Softmax {
     for (int i = 0; i < count; ++i) result[i] *= factor[i / 2 % 2];
   }
 
-  // The logarithm to base 2 of what a row whose weights add up to `sum` is divided by.
+  // The logarithm to base 2 of the sum of a row's exponentials, from that of its weights.
   DEVICE float log2_sum(int j, float sum) const {
     return sum == 0 ? -__builtin_inff() : largest[j] + lg2(sum) - exponent;
   }

@@ -144,9 +144,9 @@ def mla_prefill(
     Gradient: of out and lse, with respect to q, k and v. Results and gradients have the same bits on every run and on
         any number of threads.
     Implementations: cpu, xla; cuda and sim for dk 192 or 128 and dv 128, of q, k and v all bfloat16 or all float16.
-        There a NaN in a token of one packed sequence may reach the others, and the gradient is that of None: on a GPU
-        xla's, block by block. (cuDNN's kernel, as jax.nn.dot_product_attention offers it, takes keys and values of one
-        width, returns lse rounded to 16 bits and drops the gradient of lse.)
+        There a NaN or an infinity in v may reach queries that do not see its token, if they see any. On a GPU, and with
+        sim, the gradient is xla's, block by block. (cuDNN's kernel, as jax.nn.dot_product_attention offers it, takes
+        keys and values of one width, returns lse rounded to 16 bits and drops the gradient of lse.)
     Errors: TypeError for a dtype, ValueError for a shape or for both seq_lens and cu_seqlens.
     Source: DeepSeek-V2 report, section 2.1; FlashAttention-2.
     """
@@ -195,7 +195,7 @@ def _prefill_backward(static, residuals, cotangents):
     gradients = _ffi.call(
         MLA_PREFILL_BACKWARD,
         *_ffi.align(q, k, v, out, lse, *cotangents, first, last),
-        implementation=None if implementation in ("cuda", "sim") else implementation,
+        implementation="xla" if implementation in ("cuda", "sim") else implementation,
         softmax_scale=softmax_scale,
     )
     return *(d.astype(x.dtype) for d, x in zip(gradients, (q, k, v), strict=True)), None, None

@@ -172,6 +172,8 @@ COLUMNS = [
     ([2**31 - 1, 2**31 - 1], 3, 100, 520, 144),
     ([0, 0], 1, 64, 264, 128),
 ]
+if HOPPER_IMPLEMENTATION != "sim":
+    COLUMNS.append(([300, 0, 57, 1], 1, 500, 1024, 640))  # the large tile, for a GPU's number of multiprocessors
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

@@ -295,7 +295,7 @@ def test_prefill_of_padded_sequences(causal):
     """What lies past the end may be anything."""
     t, lengths = 290, np.array([290, 131, 0, 1, 128])
     inside = np.arange(t) < lengths[:, None]
-    arrays = sequences(3, 5, t, 2, 192, 128, BF16)
+    arrays = sequences(3, 5, t, 3, 192, 128, BF16)  # an odd number of heads, taken two at a time
     sees = inside[:, None, :] & inside[:, :, None] & (np.tri(t, dtype=bool) | (not causal))
     seq_lens = jnp.asarray(lengths, jnp.int32)
     got = prefill(arrays, 192, causal=causal, seq_lens=seq_lens)
@@ -327,13 +327,39 @@ def test_prefill_of_large_logits_neither_overflows_nor_vanishes():
         check_prefill(arrays, prefill(arrays, 128, causal=False), np.ones((1, 300, 300), bool), 128)
 
 
-def test_prefill_gradients():
+@pytest.mark.skipif(HOPPER_IMPLEMENTATION == "sim", reason="for a GPU's number of multiprocessors")
+def test_prefill_of_more_tiles_than_multiprocessors():
+    arrays = sequences(8, 2, 600, 45, 192, 128, BF16)
+    check_prefill(arrays, prefill(arrays, 192), np.broadcast_to(np.tri(600, dtype=bool), (2, 600, 600)), 192)
+
+
+def test_prefill_of_nothing():
+    for b, h in ((0, 2), (2, 0)):
+        out, lse = prefill(sequences(0, b, 130, h, 192, 128, BF16), 192)
+        assert out.shape == (b, 130, h, 128) and lse.shape == (b, 130, h)
+
+
+def test_a_value_that_is_nan_reaches_who_sees_it():
+    """And neither other sequences nor what is no token."""
+    q, k, v = sequences(9, 3, 200, 2, 192, 128, BF16)
+    seq_lens = jnp.asarray([200, 150, 200], jnp.int32)
+    expected = prefill((q, k, v), 192, seq_lens=seq_lens)
+    out, lse = prefill((q, k, v.at[1, 70].set(jnp.nan)), 192, seq_lens=seq_lens)
+    assert np.isnan(out[1, 70:150]).all() and not out[1, 150:].any()
+    np.testing.assert_array_equal(lse, expected[1])
+    np.testing.assert_array_equal(out[[0, 2]], expected[0][[0, 2]])
+
+
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_prefill_gradients(by_environment, monkeypatch):
     """Forward through the kernel, backward as without it."""
+    if by_environment:
+        monkeypatch.setenv("JAXKERN_IMPLEMENTATION", HOPPER_IMPLEMENTATION)
+    implementation = None if by_environment else HOPPER_IMPLEMENTATION
     arrays = sequences(7, 1, 200, 2, 192, 128, BF16)
     d_out, d_lse = cotangents(arrays[0], arrays[2])
-    _, backward = jax.vjp(
-        lambda *a: mla_prefill(*a, softmax_scale=192**-0.5, implementation=HOPPER_IMPLEMENTATION), *arrays
-    )
+    call = functools.partial(mla_prefill, softmax_scale=192**-0.5, implementation=implementation)
+    _, backward = jax.vjp(call, *arrays)
     expected = prefill_by_hand(*arrays, np.tri(200, dtype=bool)[None], 192**-0.5, d_out, d_lse)[2:]
     for got, e in zip(backward((jnp.asarray(d_out), jnp.asarray(d_lse))), expected, strict=True):
         assert got.dtype == jnp.bfloat16

@@ -28,7 +28,7 @@ ffi::Error mla_prefill(cuda::Stream stream, Buffer q, Buffer k, Buffer v, Buffer
   check.dtype("out", *out, {q.element_type()});
   check.shape("lse", *lse, {batch, tokens, heads});
   check.dtype("lse", *lse, {F32});
-  check.that(is_size(tokens + 256) && is_size(heads * width) && is_size(batch * heads * (tokens / 128 + 1)),
+  check.that(is_size(tokens + 256) && is_size(heads * width + 1) && is_size(batch * heads * (tokens / 128 + 1) + 1),
              "tokens, the heads' numbers and the tiles of queries must be int32");
   check.that(aligned({q.untyped_data(), k.untyped_data(), v.untyped_data(), out->untyped_data()}),
              "every buffer must be aligned to 16 bytes");

@@ -194,7 +194,7 @@ struct Dense {
       };
       if (w.k_blocks > 0) prepare(0);
       for (int k = 0; k < w.k_blocks; ++k) {
-        // While the tensor cores are at work: between two products it would keep them waiting.
+        // While the tensor cores are at work: preparing between two products would keep them waiting.
         auto prepare_next = [&] {
           if (k + 1 < w.k_blocks) prepare(k + 1);
         };
@@ -299,14 +299,13 @@ struct Dense {
   // Left to themselves they fall into step, and the tensor cores idle while both promote.
   static constexpr int turn = 4;  // and 5: named barriers
 
+  // In every block that a copy of the next round into this stage may come from.
   DEVICE static void release(Barrier& empty) {
-    // In every block that a copy of the next round into this stage may come from.
-    syncwarp();
-    if (lane_index() < cluster) {
-      if constexpr (cluster == 1)
-        mbarrier_arrive(empty);
-      else
-        mbarrier_arrive_cluster(empty, lane_index());
+    if constexpr (cluster == 1) {
+      kernels::release(empty);
+    } else {
+      syncwarp();
+      if (lane_index() < cluster) mbarrier_arrive_cluster(empty, lane_index());
     }
   }
 

@@ -143,7 +143,7 @@ Error launch_dense(const Gemm& g, Stream stream) {
   Batches::Params schedule = {.batch = static_cast<int>(g.batch),
                               .b_batch = static_cast<int>(g.b_batch),
                               .m = static_cast<int>(g.m),
-                              .k_blocks = static_cast<int>(ceil_div(g.k, 128)),
+                              .k_blocks = static_cast<int>(ceil_div(g.k, Format::stage_k)),
                               .m_tiles = m_tiles,
                               .n_tiles = n_tiles,
                               .band = band_of(m_tiles, tile_m, tile_n, multiprocessors() / cluster * cluster, cluster)};
@@ -153,7 +153,7 @@ Error launch_dense(const Gemm& g, Stream stream) {
 
 template <int tile_m, typename Format, typename Out>
 Error launch_small(const Gemm& g, Stream stream) {
-  int m_tiles = ceil_div(g.m, tile_m), n_tiles = ceil_div(g.n, 64), k_blocks = ceil_div(g.k, 128);
+  int m_tiles = ceil_div(g.m, tile_m), n_tiles = ceil_div(g.n, 64), k_blocks = ceil_div(g.k, Format::stage_k);
   Batches::Params schedule = {.batch = static_cast<int>(g.batch),
                               .b_batch = static_cast<int>(g.b_batch),
                               .m = static_cast<int>(g.m),

@@ -195,11 +195,6 @@ struct Small {
     }
   }
 
-  DEVICE static void release(Barrier& empty) {
-    syncwarp();
-    if (lane_index() == 0) mbarrier_arrive(empty);
-  }
-
   // The sums of all blocks of the cluster, each block its share of the rows: a warp takes a row, a lane two
   // neighbouring columns.
   template <bool of_cluster>

@@ -1,4 +1,4 @@
-// What the matrix products share: the ring of stages between the producers and the tensor cores, and one 128 of k.
+// What the matrix products share: the formats of their operands, the product of one stage, and the scales.
 //
 // Left is the operand that wgmma takes as its A, 64 rows for each warpgroup; right is its B. The dense kernel puts a
 // left and b right; the one for few rows the other way round, so that those rows cost no more than they are.
@@ -49,18 +49,19 @@ DEVICE uint64_t operand(const void* first) {
   return matrix_descriptor(shared_address(first), leading, swizzle_group, Swizzle::bytes_128);
 }
 
-// sums = a b^T over one stage, for 64 rows of the left operand; unscaled, it is added to sums. In flight when it
-// returns.
+// sums = left right^T over one stage, for 64 rows of left, from what `operand` makes of them; unscaled, it is added to
+// sums. In flight when it returns.
 template <typename Format, int n>
-DEVICE void multiply_stage(float (&sums)[n / 2], uint64_t a, uint64_t b AND_WHERE) {
+DEVICE void multiply_stage(float (&sums)[n / 2], uint64_t left, uint64_t right AND_WHERE) {
   constexpr int step = (Format::k_major ? 32 : 16 * swizzle_row) / 16;  // along k, in units of a descriptor
   wgmma_fence(SIM(where));
 #pragma unroll
   for (int k = 0; k < block_k / 32; ++k) {
     if constexpr (Format::scaled)
-      wgmma_e4m3<n>(sums, a + k * step, b + k * step, k > 0 SIM(, where));
+      wgmma_e4m3<n>(sums, left + k * step, right + k * step, k > 0 SIM(, where));
     else
-      wgmma_16bit<bfloat16, n, !Format::k_major, !Format::k_major>(sums, a + k * step, b + k * step, true SIM(, where));
+      wgmma_16bit<bfloat16, n, !Format::k_major, !Format::k_major>(sums, left + k * step, right + k * step,
+                                                                   true SIM(, where));
   }
   wgmma_commit_group(SIM(where));
 }

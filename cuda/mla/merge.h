@@ -4,6 +4,7 @@
 
 #include "cuda/fours.h"
 #include "cuda/mla/mla.h"
+#include "cuda/softmax.h"
 
 namespace jaxkern::cuda::kernels {
 
@@ -32,7 +33,6 @@ struct MergeAttentionKernel {
 
   template <bool vectors>
   DEVICE static void run(const Params& p) {
-    constexpr float log2e = 1.44269504f, ln2 = 0.693147181f;
     int warps = threads / warp_size;
     for (int64_t row = int64_t(block_index()) * warps + thread_index() / warp_size; row < p.rows;
          row += int64_t(grid_size()) * warps) {

@@ -50,7 +50,7 @@ Error decode(const MlaDecode& g, Stream stream) {
                                      : g.page % 32 == 0 ? 32
                                                         : 16,
                          .causal = g.causal,
-                         .scale_log2 = g.softmax_scale * 1.44269504f};
+                         .scale_log2 = g.softmax_scale * log2e};
   // Of 16 bits no more than the size of an element matters.
   constexpr Element half = Element::bfloat16;
   constexpr Swizzle swizzle = Swizzle::bytes_128;

@@ -21,8 +21,9 @@ struct MlaPrefillParams {
   Global<const int32_t> first, last;
   Global<float> lse;
   int batch, tokens, heads;
-  int tiles, together, units;  // tiles of queries of a head; heads, 1 or 2, that are taken together; tiles of these
-  float scale_log2;            // softmax_scale * log2(e)
+  int tiles;            // of a head's queries
+  int together, units;  // heads, 1 or 2, of which a block of threads takes a tile each; how often one does
+  float scale_log2;     // softmax_scale * log2(e)
 };
 
 template <typename Number, int key_width>
@@ -82,19 +83,19 @@ struct MlaPrefillKernel {
     int unit = block_index(), part = 0, batch, head, query;  // `query`: the tile's first
 
     DEVICE bool next(const Params& p) {
-      int sequence;
+      int index;  // of a head of a sequence
       do {
         if (unit >= p.units) return false;
         int tile = unit % p.tiles;
         query = (part == 0 ? p.tiles - 1 - tile : tile) * query_rows;
-        sequence = unit / p.tiles * p.together + part;
+        index = unit / p.tiles * p.together + part;
         if (++part == p.together) {
           part = 0;
           unit += grid_size();
         }
-      } while (sequence >= p.batch * p.heads);  // the last head may be alone
-      head = sequence % p.heads;
-      batch = sequence / p.heads;
+      } while (index >= p.batch * p.heads);  // the last head may be alone
+      head = index % p.heads;
+      batch = index / p.heads;
       return true;
     }
   };
@@ -334,7 +335,9 @@ struct MlaPrefillKernel {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           int at = half * 32 + i * 8 + 2 * j;
-          fragment[j] = to_pair(result[at] * inverse[j % 2], result[at + 1] * inverse[j % 2], Number{});
+          bool any = inverse[j % 2] != 0;  // a row without keys is zero, whatever other rows' values are
+          fragment[j] =
+              to_pair(any ? result[at] * inverse[j % 2] : 0, any ? result[at + 1] * inverse[j % 2] : 0, Number{});
         }
         stmatrix<4, false>(shared_address(own) + row * 128 + ((i * 2 + lane / 16) ^ row % 8) * 16, fragment);
       }

@@ -29,7 +29,7 @@ Error prefill(const MlaPrefill& g, Stream stream) {
                         .tiles = static_cast<int>(tiles),
                         .together = static_cast<int>(together),
                         .units = static_cast<int>(units),
-                        .scale_log2 = g.softmax_scale * 1.44269504f};
+                        .scale_log2 = g.softmax_scale * log2e};
   // Of 16 bits no more than the size of an element matters.
   auto map = [&](TensorMap& map, const void* data, int64_t width, int rows) {
     int64_t columns = g.heads * width;

@@ -216,7 +216,7 @@ struct TakeQuantizedRows {
   }
 };
 
-// The first element of a row. Neither is negative, and without signs one instruction multiplies.
+// The first element of a row; of a negative one, anything. Without signs one instruction multiplies.
 DEVICE int64_t row_start(int row, int hidden) { return int64_t(uint32_t(row)) * uint32_t(hidden); }
 
 // ---- sums of a token's rows ----
