@@ -345,11 +345,10 @@ def k_grouped_bf16_case(groups: int, rows: int, m: int, n: int) -> Case:
 
     def tensors(seed):
         key_a, key_b = jax.random.split(jax.random.key(seed))
-        sizes = jnp.full(groups, rows, jnp.int32)
         return {
             "a": jax.random.normal(key_a, (t, m), BF16),
             "b": jax.random.normal(key_b, (t, n), BF16),
-            "sizes": sizes,
+            "sizes": jnp.full(groups, rows, jnp.int32),
         }
 
     def batched(a, b, _):
