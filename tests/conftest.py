@@ -2,7 +2,8 @@
 
     XLA_FLAGS=--xla_gpu_deterministic_ops=true JAXKERN_TEST_IMPLEMENTATION=cuda python -m pytest tests/test_moe_mesh.py
 
-The flag, as sums that XLA scatters itself have other bits from run to run there.
+The flag, as sums that XLA scatters itself have other bits from run to run there. The case "ragged" of several processes
+also needs --xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback=true from JAX 0.11 on.
 """
 
 import functools

@@ -1,9 +1,9 @@
 """What several processes compute together, and one of them: multihost_worker.py ADDRESS NUMBER INDEX DEVICES TASK ...
 
 Each of NUMBER processes makes DEVICES CPU devices, or takes as many GPUs of this host, by its INDEX. The tests import
-`CASES`, of which JAXKERN_TEST_CASES=REGEX chooses some, to compute the same on the devices of one process. TASK is
-"cases FOLDER", which leaves CASE.npz in the folder, or "loop STEPS", collectives until something ends them: process 1
-fails after STEPS.
+`chosen_cases` to compute the same on the devices of one process; JAXKERN_TEST_CASES=REGEX chooses some. TASK is "cases
+FOLDER", which leaves CASE.npz in the folder, or "loop STEPS", collectives until something ends them: process 1 fails
+after STEPS.
 """
 
 import dataclasses
@@ -40,6 +40,7 @@ class Case:
     compute: Callable[[int], dict[str, jax.Array]]  # on so many devices
     to_one_process: float = 0
     to_one_device: float | None = 0
+    on_cpus: bool = True
 
 
 def mesh_of(devices: int, names: tuple[str, ...]) -> jax.sharding.Mesh:
@@ -62,12 +63,17 @@ def exchange(devices: int, *, names, dtype, back=None, **options):
     def layer(x, weights, w, ids):
         received, handle = jaxkern.dispatch(x, ids, weights, num_experts=EXPERTS, axis_name=axis_name, **options)
         alignment = options.get("expert_alignment", 1)
-        if handle.layout == "masked":
-            expert = jnp.repeat(jnp.arange(w.shape[0]), received.shape[1])
+        if handle.layout == "rank":
+            each = jnp.tanh(jnp.einsum("rh,ehk->erk", received, w, precision="highest"))
+            chosen = handle.expert_ids == jnp.arange(w.shape[0])[:, None, None]
+            y = (each * (chosen * handle.weights).sum(-1, keepdims=True)).sum(0)
         else:
-            ends = jnp.cumsum(-(-handle.group_sizes // alignment) * alignment)
-            expert = jnp.searchsorted(ends, jnp.arange(received.shape[0]), side="right")  # past the last: no expert's
-        y = jnp.tanh(jnp.einsum("rh,rhk->rk", received.reshape(-1, HIDDEN), w[expert], precision="highest"))
+            if handle.layout == "masked":
+                expert = jnp.repeat(jnp.arange(w.shape[0]), received.shape[1])
+            else:
+                ends = jnp.cumsum(-(-handle.group_sizes // alignment) * alignment)
+                expert = jnp.searchsorted(ends, jnp.arange(received.shape[0]), side="right")  # past the last: none's
+            y = jnp.tanh(jnp.einsum("rh,rhk->rk", received.reshape(-1, HIDDEN), w[expert], precision="highest"))
         return jaxkern.combine(y.reshape(received.shape), handle, **back or {}), (handle.group_sizes, handle.dropped)
 
     @jax.jit
@@ -137,7 +143,9 @@ EXCHANGES = {
     "float32": Case(functools.partial(exchange, dtype=np.float32)),
     "bfloat16": Case(functools.partial(exchange, dtype=jnp.bfloat16)),
     "masked": Case(functools.partial(exchange, dtype=np.float32, layout="masked")),
+    "rank": Case(functools.partial(exchange, dtype=np.float32, layout="rank"), to_one_device=None),  # sizes of ranks
     "slabs": Case(functools.partial(exchange, dtype=np.float32, transport="all_to_all", back={"reduction": "expert"})),
+    "ragged": Case(functools.partial(exchange, dtype=np.float32, transport="ragged"), on_cpus=False),
     "aligned": Case(functools.partial(exchange, dtype=np.float32, expert_alignment=8)),
     "small capacity": Case(functools.partial(exchange, dtype=np.float32, capacity=20), to_one_device=None),
     "layer": Case(moe_layer, to_one_device=1e-5),
@@ -150,8 +158,13 @@ CASES = {
     "training step": Case(functools.partial(training_step, names=LEVELS), 1e-5, 1e-5),
     "generation": Case(functools.partial(generation, names=LEVELS), 0, 1e-5),
 }
-CASES = {name: case for name, case in CASES.items() if re.search(os.environ.get("JAXKERN_TEST_CASES", ""), name)}
-assert CASES, "JAXKERN_TEST_CASES chooses none"
+
+
+def chosen_cases() -> dict[str, Case]:
+    on_cpus, wanted = jax.default_backend() == "cpu", os.environ.get("JAXKERN_TEST_CASES", "")
+    found = {name: c for name, c in CASES.items() if re.search(wanted, name) and (c.on_cpus or not on_cpus)}
+    assert found, "JAXKERN_TEST_CASES chooses none"
+    return found
 
 
 def fetch(x) -> np.ndarray:
@@ -167,7 +180,7 @@ def results(case: Case, devices: int) -> dict[str, np.ndarray]:
 
 
 def compute_cases(folder: str):
-    for name, case in CASES.items():
+    for name, case in chosen_cases().items():
         print(name, flush=True)
         path = pathlib.Path(folder) / f"{name}.{jax.process_index()}.npz"
         np.savez(path, **results(case, jax.device_count()))

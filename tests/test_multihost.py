@@ -9,7 +9,7 @@ import signal
 import jax
 import numpy as np
 import pytest
-from multihost_worker import CASES, results
+from multihost_worker import chosen_cases, results
 from processes import TESTS, Processes
 
 WORKER = TESTS / "multihost_worker.py"
@@ -44,13 +44,14 @@ def differences(got: dict, want: dict, tolerance: float) -> list[str]:
 
 def test_processes_together_are_one_process_of_all_devices(tmp_path):
     """One test, so that the processes start once."""
+    cases = chosen_cases()
     with Processes(tmp_path, worker("cases", tmp_path), NUMBER) as processes:
         processes.finish(240)
-    one_process = {name: results(case, DEVICES) for name, case in CASES.items()}
+    one_process = {name: results(case, DEVICES) for name, case in cases.items()}
     # That one device computes the same, tests of one process say too; of a GPU's products not to the bit.
-    one_device = {name: results(case, 1) for name, case in CASES.items() if ON_CPUS and case.to_one_device is not None}
+    one_device = {name: results(case, 1) for name, case in cases.items() if ON_CPUS and case.to_one_device is not None}
     failures = []
-    for name, case in CASES.items():
+    for name, case in cases.items():
         first, *others = (dict(np.load(tmp_path / f"{name}.{i}.npz")) for i in range(NUMBER))
         for other in others:
             failures += [f"{name}, the processes differ: {d}" for d in differences(first, other, 0)]
