@@ -284,9 +284,9 @@ def _output(*command, **options) -> str:
 
 # Sizes that between them run every kernel on the few multiprocessors that the simulator shows: m, n, k.
 GEMMS = [
-    (16, 192, 1024),
-    (32, 192, 1024),
-    (64, 192, 1024),
+    (16, 80, 4352),
+    (33, 192, 4352),
+    (64, 400, 1536),
     (128, 384, 640),
     (300, 192, 1024),
     (512, 1024, 640),

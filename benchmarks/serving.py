@@ -292,8 +292,8 @@ def random_prompts(model, batch: int, prompt: int) -> np.ndarray:
 # By the names of our CUDA kernels, or of our ops where they are thunks of a CPU; the first that matches.
 KINDS = {
     "collectives": "nccl|all[-_ ]?gather|all[-_ ]?to[-_ ]?all|all[-_ ]?reduce|reduce[-_ ]?scatter|collective",
-    "grouped gemm": "kernels.*(RowGroups|KGroups|Gaps)|jaxkern_(k_)?grouped_gemm",
-    "gemm": "kernels.*(Dense|Small)|jaxkern_gemm",
+    "grouped gemm": "kernels.*(RowGroups|KGroups|Small|Gaps)|jaxkern_(k_)?grouped_gemm",
+    "gemm": "kernels.*(Dense|Narrow)|jaxkern_gemm",
     "mla_prefill": "kernels.*MlaPrefill|jaxkern_mla_prefill",
     "mla_decode": "kernels.*(Mla|MergeAttention)|jaxkern_(mla_decode|merge_attention)",
     "route": "kernels.*ChooseExperts|jaxkern_route",

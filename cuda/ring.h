@@ -18,6 +18,10 @@ struct Position {
       phase ^= 1;
     }
   }
+  DEVICE void advance(int by) {
+    phase ^= (stage + by) / stages & 1;
+    stage = (stage + by) % stages;
+  }
 };
 
 // One arrival for the whole warp, when all its lanes are done.

@@ -30,7 +30,7 @@ def kernel(name):
     "name, kind",
     [
         (kernel("Dense<jaxkern::cuda::kernels::Batches, 128, 64, 1, float>"), "gemm"),
-        (kernel("Small<jaxkern::cuda::kernels::RowGroups, 64, float>"), "grouped gemm"),
+        (kernel("Small<jaxkern::cuda::kernels::BlockScaled, float>"), "grouped gemm"),
         ("_ZN7jaxkern4cuda5entryINS0_7kernels5DenseINS2_9RowGroupsELi128ELi128EEEEEvNT_6ParamsE", "grouped gemm"),
         (kernel("MlaDecodeKernel<float>"), "mla_decode"),
         (kernel("TakeQuantizedRows<float>"), "rows"),

@@ -2,9 +2,11 @@
 #include "cuda/gemm/gemm.h"
 
 #include <algorithm>
+#include <climits>
 
 #include "cuda/gemm/dense.h"
 #include "cuda/gemm/gaps.h"
+#include "cuda/gemm/narrow.h"
 #include "cuda/gemm/small.h"
 
 namespace jaxkern::cuda {
@@ -15,7 +17,7 @@ using namespace jaxkern::cuda::kernels;
 // ---- the choice ----
 
 // The kernels that exist. A plan is one of them.
-enum class Plan { small_16, small_32, small_64, dense_128_64, dense_128_128, dense_128_192, dense_256_128 };
+enum class Plan { narrow_16, narrow_32, narrow_64, dense_128_64, dense_128_128, dense_128_192, dense_256_128 };
 
 // The cycles of so many tiles, for each stage of k. A wave of tiles, one on each multiprocessor, takes what its
 // products take at the tensor cores' rate (8192 e4m3 operations a cycle, half as many of bfloat16), or what its
@@ -25,24 +27,24 @@ double cycles_of(int64_t tiles, int tile_m, int tile_n, int multiprocessors) {
   return ceil_div(tiles, multiprocessors) * std::max(products, loads);
 }
 
-// Up to 64 rows: the kernel that reads b once and does little else; up to 128, if b has so few rows that tiles of it
-// alone would leave multiprocessors idle. More: the tile with the least time by this model, the larger one of equals.
+// The tile with the least time by this model, the first of equals. For few rows also those that spread b over all
+// multiprocessors; no others up to 64.
 Plan choose(const Gemm& g, int multiprocessors) {
-  if (g.m <= 16) return Plan::small_16;
-  if (g.m <= 32) return Plan::small_32;
-  if (g.m <= 64) return Plan::small_64;
-  if (g.m <= 128 && g.batch * ceil_div(g.n, 64) * 2 <= multiprocessors)
-    return Plan::small_64;  // along k, to use them all
   constexpr struct {
     Plan plan;
     int m, n;
-  } tiles[] = {{Plan::dense_256_128, 256, 128},
-               {Plan::dense_128_192, 128, 192},
-               {Plan::dense_128_128, 128, 128},
-               {Plan::dense_128_64, 128, 64}};
+    int first, last;  // rows of a that it is for
+  } tiles[] = {{Plan::narrow_64, 64, 64, 1, 128},
+               {Plan::narrow_32, 64, 32, 1, 128},
+               {Plan::narrow_16, 64, 16, 1, 128},
+               {Plan::dense_256_128, 256, 128, 129, INT_MAX},
+               {Plan::dense_128_192, 128, 192, 129, INT_MAX},
+               {Plan::dense_128_128, 128, 128, 65, INT_MAX},
+               {Plan::dense_128_64, 128, 64, 65, INT_MAX}};
   Plan best = Plan::dense_128_128;
   double least = 0;
   for (const auto& t : tiles) {
+    if (g.m < t.first || g.m > t.last) continue;
     if (t.m * t.n > 128 * 128 && (g.b_block == 1 || g.out_is_float32)) continue;  // these need too many registers
     double time = cycles_of(g.batch * ceil_div(g.m, t.m) * ceil_div(g.n, t.n), t.m, t.n, multiprocessors);
     if (least == 0 || time < least) {
@@ -120,53 +122,45 @@ Error launch_dense(const Gemm& g, int64_t out_batch, const typename Schedule::Pa
   return launch<Kernel>(std::min<int64_t>(blocks, tiles), cluster, p, stream);
 }
 
-template <typename Schedule, int tile_m, typename Format, typename Out>
-Error launch_small(const Gemm& g, const typename Schedule::Params& schedule, int parts, int64_t tiles, Stream stream) {
-  using Kernel = Small<Schedule, tile_m, Format, Out>;
-  SmallParams<Schedule, Out> p = {};
-  fill_common<Format>(p, g, g.batch, static_cast<Out*>(nullptr));
-  p.schedule = schedule;
-  p.out = {static_cast<Out*>(g.out), g.batch * g.m * g.n};
-  p.parts = parts;
-  int64_t blocks = parts > 1 ? tiles * parts : std::min<int64_t>(tiles, multiprocessors() * 2);
-  Error error = first_error({operand_map<Format>(p.a, g.a, g.batch, g.m, g.k, Kernel::box_rows),
-                             operand_map<Format>(p.b, g.b, g.b_batch, g.n, g.k, Kernel::tile_n)});
-  if (!error.empty()) return error;
-  return launch<Kernel>(blocks, p.parts, p, stream);
+// What the kernels for few rows have in common.
+template <typename Format, typename Params>
+Error fill_few(Params& p, const Gemm& g, int box_rows, int tile_n) {
+  fill_common<Format>(p, g, g.batch, p.out.data);
+  p.out = {static_cast<decltype(p.out.data)>(g.out), g.batch * g.m * g.n};
+  return first_error({operand_map<Format>(p.a, g.a, g.batch, g.m, g.k, box_rows),
+                      operand_map<Format>(p.b, g.b, g.b_batch, g.n, g.k, tile_n)});
 }
 
 // ---- batches ----
 
+template <typename Format>
+Batches::Params batches(const Gemm& g, int m_tiles, int n_tiles, int band) {
+  return {.batch = static_cast<int>(g.batch),
+          .b_batch = static_cast<int>(g.b_batch),
+          .m = static_cast<int>(g.m),
+          .k_blocks = static_cast<int>(ceil_div(g.k, Format::stage_k)),
+          .m_tiles = m_tiles,
+          .n_tiles = n_tiles,
+          .band = band};
+}
+
 template <int tile_m, int tile_n, int cluster, typename Format, typename Out>
 Error launch_dense(const Gemm& g, Stream stream) {
   int m_tiles = round_up(ceil_div(g.m, tile_m), cluster), n_tiles = ceil_div(g.n, tile_n);
-  Batches::Params schedule = {.batch = static_cast<int>(g.batch),
-                              .b_batch = static_cast<int>(g.b_batch),
-                              .m = static_cast<int>(g.m),
-                              .k_blocks = static_cast<int>(ceil_div(g.k, Format::stage_k)),
-                              .m_tiles = m_tiles,
-                              .n_tiles = n_tiles,
-                              .band = band_of(m_tiles, tile_m, tile_n, multiprocessors() / cluster * cluster, cluster)};
-  return launch_dense<Batches, tile_m, tile_n, cluster, Format, Out>(g, g.batch, schedule, true,
-                                                                     g.batch * m_tiles * n_tiles, stream);
+  int band = band_of(m_tiles, tile_m, tile_n, multiprocessors() / cluster * cluster, cluster);
+  return launch_dense<Batches, tile_m, tile_n, cluster, Format, Out>(
+      g, g.batch, batches<Format>(g, m_tiles, n_tiles, band), true, g.batch * m_tiles * n_tiles, stream);
 }
 
-template <int tile_m, typename Format, typename Out>
-Error launch_small(const Gemm& g, Stream stream) {
-  int m_tiles = ceil_div(g.m, tile_m), n_tiles = ceil_div(g.n, 64), k_blocks = ceil_div(g.k, Format::stage_k);
-  Batches::Params schedule = {.batch = static_cast<int>(g.batch),
-                              .b_batch = static_cast<int>(g.b_batch),
-                              .m = static_cast<int>(g.m),
-                              .k_blocks = k_blocks,
-                              .m_tiles = m_tiles,
-                              .n_tiles = n_tiles,
-                              .band = m_tiles};
-  // Along k while multiprocessors would have no tile, or for long k not a second one; but four stages for each part.
-  int64_t tiles = g.batch * m_tiles * n_tiles;
-  int parts = 1;
-  while (parts < 8 && k_blocks >= parts * 8 && tiles * parts * 2 <= multiprocessors() * (parts == 1 ? 2 : 1))
-    parts *= 2;
-  return launch_small<Batches, tile_m, Format, Out>(g, schedule, parts, tiles, stream);
+template <int tile_n, typename Format, typename Out>
+Error launch_narrow(const Gemm& g, Stream stream) {
+  using Kernel = Narrow<tile_n, Format, Out>;
+  int m_tiles = ceil_div(g.m, Kernel::tile_m), n_tiles = ceil_div(g.n, tile_n);
+  NarrowParams<Out> p = {.box_rows = static_cast<int>(std::min<int64_t>(g.m, Kernel::tile_m))};
+  p.schedule = batches<Format>(g, m_tiles, n_tiles, m_tiles);
+  Error error = fill_few<Format>(p, g, p.box_rows, tile_n);
+  if (!error.empty()) return error;
+  return launch<Kernel>(std::min<int64_t>(multiprocessors(), g.batch * m_tiles * n_tiles), 1, p, stream);
 }
 
 // ---- every kernel ----
@@ -174,12 +168,12 @@ Error launch_small(const Gemm& g, Stream stream) {
 template <typename Format, typename Out>
 Error launch_plan(Plan plan, const Gemm& g, Stream stream) {
   switch (plan) {
-    case Plan::small_16:
-      return launch_small<16, Format, Out>(g, stream);
-    case Plan::small_32:
-      return launch_small<32, Format, Out>(g, stream);
-    case Plan::small_64:
-      return launch_small<64, Format, Out>(g, stream);
+    case Plan::narrow_16:
+      return launch_narrow<16, Format, Out>(g, stream);
+    case Plan::narrow_32:
+      return launch_narrow<32, Format, Out>(g, stream);
+    case Plan::narrow_64:
+      return launch_narrow<64, Format, Out>(g, stream);
     case Plan::dense_128_64:
       return launch_dense<128, 64, 1, Format, Out>(g, stream);
     case Plan::dense_128_192:
@@ -195,10 +189,9 @@ Error launch_plan(Plan plan, const Gemm& g, Stream stream) {
 
 template <typename Format, typename Out>
 Error prepare_plans() {
-  Error error =
-      first_error({prepare<Small<Batches, 16, Format, Out>>(), prepare<Small<Batches, 32, Format, Out>>(),
-                   prepare<Small<Batches, 64, Format, Out>>(), prepare<Dense<Batches, 128, 64, 1, Format, Out>>(),
-                   prepare<Dense<Batches, 128, 128, 1, Format, Out>>()});
+  Error error = first_error({prepare<Narrow<16, Format, Out>>(), prepare<Narrow<32, Format, Out>>(),
+                             prepare<Narrow<64, Format, Out>>(), prepare<Dense<Batches, 128, 64, 1, Format, Out>>(),
+                             prepare<Dense<Batches, 128, 128, 1, Format, Out>>()});
   if constexpr (!Format::b_rows && sizeof(Out) == 2)
     error = first_error({error, prepare<Dense<Batches, 128, 192, 2, Format, Out>>(),
                          prepare<Dense<Batches, 256, 128, 2, Format, Out>>()});
@@ -231,6 +224,17 @@ Error launch_dense_groups(const GroupedGemm& g, const Gemm& product, RowGroups::
 }
 
 template <typename Format, typename Out>
+Error launch_small(const Gemm& g, RowGroups::Params schedule, Stream stream) {
+  using Kernel = Small<Format, Out>;
+  schedule.n_tiles = ceil_div(g.n, Kernel::tile_n);
+  SmallParams<Out> p = {.schedule = schedule};
+  Error error = fill_few<Format>(p, g, Kernel::box_rows, Kernel::tile_n);
+  if (!error.empty()) return error;
+  int64_t tiles = std::min(g.b_batch, g.m) * schedule.n_tiles;
+  return launch<Kernel>(std::min<int64_t>(tiles, multiprocessors() * Kernel::resident), 1, p, stream);
+}
+
+template <typename Format, typename Out>
 Error launch_row_groups(const GroupedGemm& g, Stream stream) {
   GroupList groups = group_list(g.group_sizes, g.groups, g.alignment, g.stride, g.m);
   Gemm product = {.a = g.a,
@@ -248,13 +252,11 @@ Error launch_row_groups(const GroupedGemm& g, Stream stream) {
                   .k = g.k};
   RowGroups::Params schedule = {.groups = groups, .least = 1, .most = small_rows, .band = 1, .cluster = 1};
   schedule.k_blocks = ceil_div(g.k, Format::stage_k);
-  schedule.n_tiles = ceil_div(g.n, 64);
   int64_t row_words = g.n * sizeof(Out) / 4;
   Gaps::Params gaps = {groups, {static_cast<uint32_t*>(g.out), g.m * row_words}, static_cast<int>(row_words)};
   Error error = first_error(
       {launch<Gaps>(std::min<int64_t>(multiprocessors(), ceil_div(g.m, Gaps::threads / warp_size)), 1, gaps, stream),
-       launch_small<RowGroups, small_rows, Format, Out>(product, schedule, 1,
-                                                        std::min(g.groups, g.m) * schedule.n_tiles, stream)});
+       launch_small<Format, Out>(product, schedule, stream)});
   int64_t most = g.stride ? g.stride : g.m;  // rows of a group
   if (!error.empty() || most <= small_rows) return error;
   schedule.least = small_rows + 1;
@@ -350,8 +352,7 @@ Error prepare_gemm() {
 
 template <typename Format, typename Out>
 Error prepare_row_groups() {
-  Error error = first_error(
-      {prepare<Small<RowGroups, small_rows, Format, Out>>(), prepare<Dense<RowGroups, 128, 128, 1, Format, Out>>()});
+  Error error = first_error({prepare<Small<Format, Out>>(), prepare<Dense<RowGroups, 128, 128, 1, Format, Out>>()});
   if constexpr (!Format::b_rows && sizeof(Out) == 2)
     error = first_error({error, prepare<Dense<RowGroups, 256, 128, 2, Format, Out>>()});
   return error;

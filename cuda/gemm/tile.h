@@ -66,6 +66,41 @@ DEVICE void multiply_stage(float (&sums)[n / 2], uint64_t left, uint64_t right A
   wgmma_commit_group(SIM(where));
 }
 
+// The product of one stage and where it is.
+template <int n>
+struct Product {
+  int stage;
+  float sums[n / 2];
+};
+
+// `count` products, each put in flight by `start` and, when it has ended, used by `finish`: the tensor cores are at the
+// next one meanwhile.
+template <int n, typename Start, typename Finish>
+DEVICE void overlap(int count, Start&& start, Finish&& finish) {
+  Product<n> even, odd;
+  if (count <= 0) return;
+  start(even);
+  int i = 1;
+  for (; i + 1 < count; i += 2) {
+    start(odd);
+    wgmma_wait_group<1>(even.sums);
+    finish(even);
+    start(even);
+    wgmma_wait_group<1>(odd.sums);
+    finish(odd);
+  }
+  if (i < count) {
+    start(odd);
+    wgmma_wait_group<1>(even.sums);
+    finish(even);
+    wgmma_wait_group<0>(odd.sums);
+    finish(odd);
+  } else {
+    wgmma_wait_group<0>(even.sums);
+    finish(even);
+  }
+}
+
 // The scales of `rows` rows from `first` on for one 128 of k, by a warp; zeros beyond the matrix. For
 // matrices whose rows of scales are not aligned to 16 bytes, as a tensor map needs.
 template <int rows>
@@ -99,7 +134,7 @@ DEVICE Pair<Out> load_pair(Global<const Out> x, int64_t i AND_WHERE) {
 // As the compiler prints it: "Dense<Batches, 128, 128, 1, BlockScaled, bfloat16>".
 inline std::string instance_name(const char* kernel, const char* schedule, std::initializer_list<int> sizes,
                                  const char* format, bool is_float32) {
-  std::string name = std::string(kernel) + "<" + schedule + ", ";
+  std::string name = std::string(kernel) + "<" + schedule + (*schedule ? ", " : "");
   for (int size : sizes) name += std::to_string(size) + ", ";
   return name + format + (is_float32 ? ", float>" : ", bfloat16>");
 }
