@@ -60,8 +60,11 @@ def _gpu_run(record: dict) -> str:
 
 
 def exchange_table() -> str:
-    """The committed run over several GPUs."""
-    record = json.loads((RESULTS / "exchange.json").read_text())
+    """The committed runs over several GPUs."""
+    return "\n\n".join(_exchange_run(json.loads(path.read_text())) for path in sorted(RESULTS.glob("exchange*.json")))
+
+
+def _exchange_run(record: dict) -> str:
     machine = record["machine"]
     lines = [
         f"{machine['devices']} x {machine['device']}, JAX {machine['jax']}.",
