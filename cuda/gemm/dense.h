@@ -107,17 +107,9 @@ struct Dense {
     }
   }
 
-  // A role's way through the block's tiles.
-  template <typename F>
-  DEVICE static void for_tiles(const Params& p, const Smem& s, F&& f) {
-    Walk walk(p.schedule, s.schedule);
-    Work w;
-    for (int tile = block_index(); walk.find(tile, w); tile += grid_size()) f(w);
-  }
-
   DEVICE static void produce_tiles(const Params& p, Smem& s) {
     At at;
-    for_tiles(p, s, [&](Work w) {
+    for_tiles(Walk(p.schedule, s.schedule), [&](Work w) {
       for (int k = w.first_k; k < w.first_k + w.k_blocks; ++k, at.advance()) {
         mbarrier_wait(s.empty[at.stage], at.phase ^ 1);
         int element = w.start + k * stage_k;
@@ -158,7 +150,7 @@ struct Dense {
 
   DEVICE static void produce_scales(const Params& p, Smem& s) {
     At at;
-    for_tiles(p, s, [&](Work w) {
+    for_tiles(Walk(p.schedule, s.schedule), [&](Work w) {
       for (int k = w.first_k; k < w.first_k + w.k_blocks; ++k, at.advance()) {
         mbarrier_wait(s.empty[at.stage], at.phase ^ 1);
         int block = w.start / block_k + k;
@@ -175,7 +167,7 @@ struct Dense {
   DEVICE static void multiply(const Params& p, Smem& s, int group) {
     At at;
     if (scaled && group == 1) bar_arrive(turn, 2 * warpgroup_size);  // the first turn is the other's
-    for_tiles(p, s, [&](Work w) {
+    for_tiles(Walk(p.schedule, s.schedule), [&](Work w) {
       float totals[slabs][tile_n / 2];
 #pragma unroll
       for (int slab = 0; slab < slabs; ++slab)

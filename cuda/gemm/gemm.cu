@@ -123,10 +123,10 @@ Error launch_dense(const Gemm& g, int64_t out_batch, const typename Schedule::Pa
 }
 
 // What the kernels for few rows have in common.
-template <typename Format, typename Params>
-Error fill_few(Params& p, const Gemm& g, int box_rows, int tile_n) {
+template <typename Format, typename Schedule, typename Out>
+Error fill_few(FewParams<Schedule, Out>& p, const Gemm& g, int box_rows, int tile_n) {
   fill_common<Format>(p, g, g.batch, p.out.data);
-  p.out = {static_cast<decltype(p.out.data)>(g.out), g.batch * g.m * g.n};
+  p.out = {static_cast<Out*>(g.out), g.batch * g.m * g.n};
   return first_error({operand_map<Format>(p.a, g.a, g.batch, g.m, g.k, box_rows),
                       operand_map<Format>(p.b, g.b, g.b_batch, g.n, g.k, tile_n)});
 }
@@ -156,9 +156,8 @@ template <int tile_n, typename Format, typename Out>
 Error launch_narrow(const Gemm& g, Stream stream) {
   using Kernel = Narrow<tile_n, Format, Out>;
   int m_tiles = ceil_div(g.m, Kernel::tile_m), n_tiles = ceil_div(g.n, tile_n);
-  NarrowParams<Out> p = {.box_rows = static_cast<int>(std::min<int64_t>(g.m, Kernel::tile_m))};
-  p.schedule = batches<Format>(g, m_tiles, n_tiles, m_tiles);
-  Error error = fill_few<Format>(p, g, p.box_rows, tile_n);
+  FewParams<Batches, Out> p = {.schedule = batches<Format>(g, m_tiles, n_tiles, m_tiles)};
+  Error error = fill_few<Format>(p, g, Kernel::box_rows(g.m), tile_n);
   if (!error.empty()) return error;
   return launch<Kernel>(std::min<int64_t>(multiprocessors(), g.batch * m_tiles * n_tiles), 1, p, stream);
 }
@@ -227,7 +226,7 @@ template <typename Format, typename Out>
 Error launch_small(const Gemm& g, RowGroups::Params schedule, Stream stream) {
   using Kernel = Small<Format, Out>;
   schedule.n_tiles = ceil_div(g.n, Kernel::tile_n);
-  SmallParams<Out> p = {.schedule = schedule};
+  FewParams<RowGroups, Out> p = {.schedule = schedule};
   Error error = fill_few<Format>(p, g, Kernel::box_rows, Kernel::tile_n);
   if (!error.empty()) return error;
   int64_t tiles = std::min(g.b_batch, g.m) * schedule.n_tiles;

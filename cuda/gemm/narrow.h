@@ -6,21 +6,9 @@
 //   warp 9           copies their scales
 #pragma once
 
-#include "cuda/fours.h"
-#include "cuda/gemm/schedule.h"
+#include "cuda/gemm/few.h"
 
 namespace jaxkern::cuda::kernels {
-
-template <typename Out>
-struct NarrowParams {
-  TensorMap a, b;  // matrices of a batch each: [batch, m, k], [b_batch, n, k]
-  int box_rows;    // of a; no more than m, as rows beyond the matrix take longer than others
-  Global<const float> a_scales, b_scales;
-  Global<const Out> accumulator;  // empty: none
-  Global<Out> out;
-  int m, n, k_blocks;
-  Batches::Params schedule;
-};
 
 template <int tile_n, typename Format, typename Out>
 struct Narrow {
@@ -34,7 +22,7 @@ struct Narrow {
   static constexpr int stages = most_stages < 16 ? most_stages : 16;
   static std::string name() { return instance_name("Narrow", "", {tile_n}, Format::name, sizeof(Out) == 4); }
 
-  using Params = NarrowParams<Out>;
+  using Params = FewParams<Batches, Out>;
   using Walk = Batches::Walk<tile_m, tile_n>;
   using At = Position<stages>;
 
@@ -60,16 +48,17 @@ struct Narrow {
       fence_mbarrier_init();
     }
     bar_sync(0, threads);
+    At at;  // in the role's way
     if (warp == math_warps) {
-      if (elect()) for_tiles(p, [&](Work w, At& at) { produce_tiles(p, s, w, at); });
+      if (elect()) for_tiles(Walk(p.schedule, {}), [&](Work w) { produce_tiles(p, s, w, at); });
       syncwarp();
     } else if (warp == math_warps + 1) {
-      for_tiles(p, [&](Work w, At& at) { produce_scales(p, s, w, at); });
+      for_tiles(Walk(p.schedule, {}), [&](Work w) { produce_scales<Format>(p, s, w, at); });
       cp_async_commit_group();
       cp_async_wait_group<0>();
     } else {
       clear_rows(p, s);
-      for_tiles(p, [&](Work w, At& at) {
+      for_tiles(Walk(p.schedule, {}), [&](Work w) {
         multiply(s, w, at, warp / 4);
         bar_sync(1, math_threads);
         store_rows(p, s, w);
@@ -80,7 +69,7 @@ struct Narrow {
 
   // The rows of a's stages that no copy writes: products read them, though nothing of that is stored.
   DEVICE static void clear_rows(const Params& p, Smem& s) {
-    int first = p.box_rows * swizzle_row;
+    int first = box_rows(p.m) * swizzle_row;
     for (int stage = 0; stage < stages; ++stage)
       for (int i = first + thread_index() * 16; i < tile_m * swizzle_row; i += math_threads * 16)
         store_shared(shared_address(s.a[stage].data) + i, Pack<uint32_t, 4>{0, 0, 0, 0});
@@ -88,31 +77,15 @@ struct Narrow {
     bar_sync(1, math_threads);
   }
 
-  // A role's way through the block's tiles: f gets the work and the stage to go on with.
-  template <typename F>
-  DEVICE static void for_tiles(const Params& p, F&& f) {
-    Walk walk(p.schedule, {});
-    Work w;
-    At at;
-    for (int tile = block_index(); walk.find(tile, w); tile += grid_size()) f(w, at);
-  }
+  // Of a that one copy brings. Rows beyond the matrix would take the copy engine longer than others.
+  HOST_DEVICE static int box_rows(int m) { return m < tile_m ? m : tile_m; }
 
   DEVICE static void produce_tiles(const Params& p, Smem& s, Work w, At& at) {
     for (int k = 0; k < w.k_blocks; ++k, at.advance()) {
       mbarrier_wait(s.empty[at.stage], at.phase ^ 1);
-      mbarrier_arrive_expect_tx(s.full[at.stage], (p.box_rows + tile_n) * block_k);
+      mbarrier_arrive_expect_tx(s.full[at.stage], (box_rows(p.m) + tile_n) * block_k);
       cp_async_bulk_tensor<3>(&s.b[at.stage], p.b, {k * block_k, w.column, w.b_batch}, s.full[at.stage]);
       cp_async_bulk_tensor<3>(&s.a[at.stage], p.a, {k * block_k, w.row, w.a_batch}, s.full[at.stage]);
-    }
-  }
-
-  DEVICE static void produce_scales(const Params& p, Smem& s, Work w, At& at) {
-    ScalesOfB<Format> b(w, p.n, p.k_blocks);
-    for (int k = 0; k < w.k_blocks; ++k, at.advance()) {
-      mbarrier_wait(s.empty[at.stage], at.phase ^ 1);
-      copy_scales(s.a_scales[at.stage], p.a_scales, int64_t(w.a_batch) * p.k_blocks + k, w.row, p.m);
-      copy_scales(s.b_scales[at.stage], p.b_scales, b.block + k, b.first, b.rows);
-      cp_async_mbarrier_arrive(s.full[at.stage]);
     }
   }
 

@@ -23,19 +23,12 @@ struct Work {
   int tail;               // elements of k in the last block, of a group along k
 };
 
-// Where the scales of b are that a tile needs for block k of it, as `copy_scales` takes them: of each row, or of the
-// block of 128 rows that has all of the tile's.
-template <typename Format>
-struct ScalesOfB {
-  int64_t block;
-  int first, rows;
-
-  DEVICE ScalesOfB(const Work& w, int n, int k_blocks)
-      : block(Format::b_rows ? int64_t(w.b_batch) * k_blocks
-                             : (int64_t(w.b_batch) * ceil_div(n, 128) + w.column / 128) * k_blocks),
-        first(Format::b_rows ? w.column : 0),
-        rows(Format::b_rows ? n : 1) {}
-};
+// A role's way through the block's tiles.
+template <typename Walk, typename F>
+DEVICE void for_tiles(Walk walk, F&& f) {
+  Work w;
+  for (int tile = block_index(); walk.find(tile, w); tile += grid_size()) f(w);
+}
 
 // Tile `i` of m_tiles x n_tiles, in bands of `band` rows of tiles: what runs at one time shares rows of a and of b in
 // L2.

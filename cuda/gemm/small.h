@@ -7,20 +7,9 @@
 //   warp 5       copies their scales
 #pragma once
 
-#include "cuda/fours.h"
-#include "cuda/gemm/schedule.h"
+#include "cuda/gemm/few.h"
 
 namespace jaxkern::cuda::kernels {
-
-template <typename Out>
-struct SmallParams {
-  TensorMap a, b;  // matrices of a batch each: [batch, m, k], [b_batch, n, k]
-  Global<const float> a_scales, b_scales;
-  Global<const Out> accumulator;  // empty
-  Global<Out> out;
-  int m, n, k_blocks;
-  RowGroups::Params schedule;
-};
 
 template <typename Format, typename Out>
 struct Small {
@@ -31,7 +20,7 @@ struct Small {
   static constexpr int resident = 2, stages = 5;
   static std::string name() { return instance_name("Small", "", {}, Format::name, sizeof(Out) == 4); }
 
-  using Params = SmallParams<Out>;
+  using Params = FewParams<RowGroups, Out>;
   using Walk = RowGroups::Walk<tile_m, tile_n>;
   using At = Position<stages>;
 
@@ -58,17 +47,18 @@ struct Small {
     }
     if (warp == 0) RowGroups::prepare(p.schedule, s.schedule);
     bar_sync(0, threads);
+    At at;  // in the role's way
     if (warp == 4) {
-      if (elect()) for_tiles(p, s, [&](Work w, At& at) { produce_tiles(p, s, w, at); });
+      if (elect()) for_tiles(Walk(p.schedule, s.schedule), [&](Work w) { produce_tiles(p, s, w, at); });
       syncwarp();
     } else if (warp == 5) {
       if constexpr (scaled) {
-        for_tiles(p, s, [&](Work w, At& at) { produce_scales(p, s, w, at); });
+        for_tiles(Walk(p.schedule, s.schedule), [&](Work w) { produce_scales<Format>(p, s, w, at); });
         cp_async_commit_group();
         cp_async_wait_group<0>();
       }
     } else {
-      for_tiles(p, s, [&](Work w, At& at) {
+      for_tiles(Walk(p.schedule, s.schedule), [&](Work w) {
         int rows = rows_of(w);
         if (rows == 16)
           multiply<16>(s, w, at);
@@ -81,15 +71,6 @@ struct Small {
         bar_sync(1, warpgroup_size);
       });
     }
-  }
-
-  // A role's way through the block's tiles: f gets the work and the stage to go on with.
-  template <typename F>
-  DEVICE static void for_tiles(const Params& p, const Smem& s, F&& f) {
-    Walk walk(p.schedule, s.schedule);
-    Work w;
-    At at;
-    for (int tile = block_index(); walk.find(tile, w); tile += grid_size()) f(w, at);
   }
 
   // The rows that a tile multiplies: what wgmma offers that is not less than it has.
@@ -107,16 +88,6 @@ struct Small {
       for (int row = 0; row < rows; row += box_rows)
         cp_async_bulk_tensor<3>(s.a[at.stage].data + row * block_k, p.a, {k * block_k, w.row + row, w.a_batch},
                                 s.full[at.stage]);
-    }
-  }
-
-  DEVICE static void produce_scales(const Params& p, Smem& s, Work w, At& at) {
-    ScalesOfB<Format> b(w, p.n, p.k_blocks);
-    for (int k = 0; k < w.k_blocks; ++k, at.advance()) {
-      mbarrier_wait(s.empty[at.stage], at.phase ^ 1);
-      copy_scales(s.a_scales[at.stage], p.a_scales, int64_t(w.a_batch) * p.k_blocks + k, w.row, p.m);
-      copy_scales(s.b_scales[at.stage], p.b_scales, b.block + k, b.first, b.rows);
-      cp_async_mbarrier_arrive(s.full[at.stage]);
     }
   }
 

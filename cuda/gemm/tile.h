@@ -1,7 +1,7 @@
 // What the matrix products share: the formats of their operands, the product of one stage, and the scales.
 //
-// Left is the operand that wgmma takes as its A, 64 rows for each warpgroup; right is its B. The dense kernel puts a
-// left and b right; the one for few rows the other way round, so that those rows cost no more than they are.
+// Left is the operand that wgmma takes as its A, 64 rows for each warpgroup; right is its B. The kernels put a left
+// and b right; the one for small groups the other way round, so that their rows cost no more than they are.
 #pragma once
 
 #include <initializer_list>
