@@ -52,6 +52,7 @@ HOPPER = "9.0"  # compute capability
 FLUSH_BYTES = 1 << 30  # written before every call: past any L2, and long enough for the host to run ahead
 INPUTS = 3  # sets of random inputs, in turn
 SAMPLES = 25
+UNTUNED = {"xla_gpu_autotune_level": 0}  # where a program's layouts and results are asked for, not its time
 MOST_DIFFERENCE = 1e-3  # of `difference`, between our product and the dequantised one
 BF16 = jnp.bfloat16
 
@@ -594,9 +595,9 @@ def torch_blocks(a, a_scales, b, b_scales):
 class Clock:
     """Times a call on the GPU: flush, event, call, event.
 
-    Each is an execution of its own, and each takes an operand that the one before it made, so that none can overtake.
-    While the GPU flushes, the host launches the others; a sample for which it was too late, so that the GPU may have
-    waited inside the interval, does not count.
+    The events and the call are one program, so that nothing of an execution is between them: the first event hands on
+    the call's operands, the second takes its results. While the GPU flushes, the host launches that program; a sample
+    for which it was too late, so that the GPU may have waited inside the interval, does not count.
     """
 
     def __init__(self):
@@ -604,49 +605,72 @@ class Clock:
 
         jax.ffi.register_ffi_target("jaxkern.event.v1", _cuda.event_handler(), platform="CUDA")
         self.elapsed_ms = _cuda.elapsed_ms
-        token = jax.ShapeDtypeStruct((1,), jnp.uint8)
-
-        def event(index):
-            call = jax.ffi.ffi_call("jaxkern.event.v1", token, has_side_effect=True)
-            return jax.jit(lambda x: call(x, index=np.int64(index)))
-
-        self.event = [event(i) for i in range(3)]
         # In place, and written anew each time.
         self.flush = jax.jit(lambda x: x + np.uint8(1), donate_argnums=0)
         self.dirty = jnp.zeros(FLUSH_BYTES, jnp.uint8)
-        self.flush_ms = 0.0
+        before, after = (jax.jit(lambda x, i=i: self.record_event(i, [x])) for i in range(2))
         for _ in range(3):
-            before = self.event[2](self.dirty)
+            began = before(self.dirty)
             self.dirty = self.flush(self.dirty)
-            jax.block_until_ready((before, self.event[0](self.dirty)))
-            self.flush_ms = self.elapsed_ms(2, 0)
+            jax.block_until_ready((began, after(self.dirty)))
+            self.flush_ms = self.elapsed_ms(0, 1)
         self.samples_late = 0
 
-    def jax(self, run: Callable, inputs: list[tuple]) -> Callable[[int], float | None]:
-        """A function of the sample's number that gives its milliseconds, None if the host was late."""
-
-        def after(token, *args):
-            return run(*args)
-
+    def jax(self, run: Callable, inputs: list[tuple]) -> tuple[Callable[[int], float | None], object]:
+        """A function of the sample's number that gives its milliseconds, None if the host was late; run's result."""
         # In the layouts that the program wants, whoever's program it is: a transposition is not what is compared.
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (jnp.zeros(1, jnp.uint8), *inputs[0]))
-        program = jax.jit(after, in_shardings=Format(Layout.AUTO), keep_unused=True).lower(*shapes).compile()
-        formats = program.input_formats[0]
-        inputs = [jax.block_until_ready(jax.tree.map(jax.device_put, args, tuple(formats[1:]))) for args in inputs]
+        plain = jax.jit(run, in_shardings=Format(Layout.AUTO), keep_unused=True).lower(*map(shapes_of, inputs[0]))
+        plain = plain.compile(UNTUNED if jax.default_backend() == "gpu" else None)
+        formats = jax.tree.leaves(plain.input_formats[0])
+        tree = jax.tree.structure(inputs[0])
+        copies = [
+            [
+                jax.device_put(x, format, may_alias=False)
+                for x, format in zip(jax.tree.leaves(args), formats, strict=True)
+            ]
+            for args in inputs
+        ]
+
+        result = plain(*jax.tree.unflatten(tree, copies[0]))
+
+        def timed(dirty, *arrays):
+            _, *arrays = self.record_event(0, [dirty], arrays, [format.layout.major_to_minor for format in formats])
+            (end,) = self.record_event(1, jax.tree.leaves(run(*jax.tree.unflatten(tree, arrays))))
+            return end, arrays
+
+        program = jax.jit(
+            timed,
+            in_shardings=(None, *formats),
+            out_shardings=(None, formats),
+            donate_argnums=range(1, 1 + len(formats)),
+            keep_unused=True,
+        )
 
         def sample(i):
-            args = inputs[i % len(inputs)]
+            arrays = copies[i % len(copies)]
             begin = time.perf_counter()
             self.dirty = self.flush(self.dirty)
-            results = program(self.event[0](self.dirty), *args)
-            end = self.event[1](jax.tree.leaves(results)[0])
+            end, copies[i % len(copies)] = program(self.dirty, *arrays)
             launched_ms = (time.perf_counter() - begin) * 1e3
             jax.block_until_ready(end)
             return self._counted(launched_ms, self.elapsed_ms(0, 1))
 
-        return sample
+        return sample, result
 
-    def torch(self, run: Callable, inputs: list[tuple]) -> Callable[[int], float | None]:
+    @staticmethod
+    def record_event(index: int, after: list, before: list = (), layouts: list = ()) -> list:
+        """Records an event once all of `after` is there: a token, and `before`, in place, for what is to wait."""
+        call = jax.ffi.ffi_call(
+            "jaxkern.event.v1",
+            [jax.ShapeDtypeStruct((1,), jnp.uint8), *map(shapes_of, before)],
+            has_side_effect=True,
+            input_layouts=[None] * len(after) + layouts if before else None,
+            output_layouts=[None, *layouts] if before else None,
+            input_output_aliases={len(after) + i: 1 + i for i in range(len(before))},
+        )
+        return call(*after, *before, index=np.int64(index))
+
+    def torch(self, run: Callable, inputs: list[tuple]) -> tuple[Callable[[int], float | None], None]:
         import torch
 
         inputs = [tuple(map(to_torch, jax.tree.leaves(args))) for args in inputs]
@@ -666,13 +690,17 @@ class Clock:
             end_event.synchronize()
             return self._counted(launched_ms, begin_event.elapsed_time(end_event))
 
-        return sample
+        return sample, None
 
     def _counted(self, launched_ms, ms):
         if launched_ms < self.flush_ms:
             return ms
         self.samples_late += 1
         return None
+
+
+def shapes_of(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def medians(samplers: dict[str, Callable], count: int = SAMPLES) -> dict[str, float | None]:
@@ -694,9 +722,8 @@ def measure(case: Case, clock: Clock, machine: dict) -> list[Row]:
     for label, form in case.forms.items():
         inputs = [form.pick(t) for t in tensors]
         try:
-            samplers[label] = (clock.torch if form.torch else clock.jax)(form.run, inputs)
+            samplers[label], out = (clock.torch if form.torch else clock.jax)(form.run, inputs)
             samplers[label](0)
-            out = None if form.torch else jax.jit(form.run)(*inputs[0])
         except Exception as error:  # an alternative that this machine has not got must not end the run
             samplers.pop(label, None)
             skipped[label] = f"{type(error).__name__}: {error}".splitlines()[0][:160]
@@ -815,9 +842,9 @@ def speed(clock: Clock) -> dict:
     square = [tuple(jax.random.normal(jax.random.key(2 * s + i), (n, n), BF16) for i in range(2)) for s in range(2)]
     nothing = [(jnp.zeros(1),)]
     samplers = {
-        "copy": clock.jax(lambda x: x * 2, floats),
-        "product": clock.jax(product, square),
-        "nothing": clock.jax(lambda x: x + 1, nothing),
+        "copy": clock.jax(lambda x: x * 2, floats)[0],
+        "product": clock.jax(product, square)[0],
+        "nothing": clock.jax(lambda x: x + 1, nothing)[0],
     }
     ms = medians(samplers)
     return {

@@ -289,14 +289,14 @@ GEMMS = [
     (64, 400, 1536),
     (128, 384, 640),
     (300, 192, 1024),
-    (512, 1024, 640),
+    (768, 512, 1280),
     (300, 2112, 256),
 ]
 # Rows, n, k and sizes of groups: of few rows, of more than a tile, empty, and rows that are nobody's.
 GROUPED = [(520, 192, 640, (1, 0, 20, 40, 300, 70)), (500, 336, 384, (130, 64, 200)), (1300, 144, 640, (600, 650))]
 # k, m, n: an empty group, one that fills its last block, one that does not, and what is nobody's after it. Then one
 # whose m fills tiles of 256 rows.
-K_GROUPED = [(896, 200, 144, (0, 256, 130, 0, 1)), (400, 512, 144, (0, 256, 130, 0, 1))]
+K_GROUPED = [(896, 200, 144, (0, 256, 130, 0, 1)), (1280, 768, 144, (0, 1100))]
 QUANTIZED = (150, 656)
 TOKENS = (20, 0, 129)
 

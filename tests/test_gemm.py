@@ -277,6 +277,20 @@ def test_hopper_with_partial_blocks(kind, out_dtype, accumulate):
         check_hopper(kind, out_dtype, accumulate, m, n, k)
 
 
+@pytest.mark.parametrize("m,n,k", [(768, 496, 1296), (300, 2112, 256)])  # tiles of 256 x 128, and of 128 x 192
+@pytest.mark.parametrize(
+    "kind,out_dtype,accumulate",
+    [
+        ("fp8 x fp8", jnp.bfloat16, False),
+        ("fp8 x fp8", jnp.float32, True),
+        ("fp8 x fp8 rows", jnp.bfloat16, True),
+        ("fp8 x fp8 rows", jnp.float32, False),
+    ],
+)
+def test_hopper_with_large_tiles(kind, out_dtype, accumulate, m, n, k):
+    check_hopper(kind, out_dtype, accumulate, m, n, k)
+
+
 @pytest.mark.skipif(HOPPER_IMPLEMENTATION != "sim", reason="a GPU does not count")
 def test_what_the_simulator_counts_of_a_hopper_gemm(simulator):
     """One tile, 2 x 128 of k: four instructions of k 32 for each, by each of four warps; every byte once."""

@@ -144,9 +144,18 @@ def test_masked_grouped_gemm(sizes, capacity, simulator):
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
-@pytest.mark.parametrize("sizes,t", [([100, 0, 300], 512), ([1, 128, 129, 0, 260], 1024), ([384], 384)], ids=str)
-def test_k_grouped_gemm(sizes, t, accumulate, simulator):
-    m, n = 200, 144
+@pytest.mark.parametrize(
+    "sizes,t,m,n",
+    [
+        ([100, 0, 300], 512, 200, 144),
+        ([1, 128, 129, 0, 260], 1024, 200, 144),
+        ([384], 384, 200, 144),
+        ([100, 0, 300], 2048, 392, 144),  # the large tile, of two blocks together
+        ([200], 1280, 256, 592),  # a pair whose second tile is beyond n
+    ],
+    ids=str,
+)
+def test_k_grouped_gemm(sizes, t, m, n, accumulate, simulator):
     mine = owners(sizes, 128, t)
     a, b = (spoiled(quantize(x.T), mine, 1) for x in (normal(t, m), normal(t, n, seed=1)))
     accumulator = normal(len(sizes), m, n, seed=2) if accumulate else None
@@ -167,13 +176,13 @@ COLUMNS = [
     ([63, 64, 65, -3, 128], 1, 320, 136, 8),
     ([700], 1, 700, 64, 264),  # every row; more stages than the ring holds
     ([0, 300, 0], 1, 300, 8, 8),  # one group has everything
-    ([30, 70, 5], 16, 400, 392, 136),  # the large tile, of two blocks together
-    ([7, 90], 128, 230, 1272, 72),  # a pair whose second tile is beyond m
+    ([30, 70, 5], 16, 1000, 392, 136),  # the large tile, of two blocks together
+    ([90], 128, 640, 256, 600),  # a pair whose second tile is beyond n
     ([2**31 - 1, 2**31 - 1], 3, 100, 520, 144),
     ([0, 0], 1, 64, 264, 128),
 ]
 if HOPPER_IMPLEMENTATION != "sim":
-    COLUMNS.append(([300, 0, 57, 1], 1, 500, 1024, 640))  # the large tile, for a GPU's number of multiprocessors
+    COLUMNS.append(([300, 0, 57], 1, 1920, 512, 2816))  # the large tile, for a GPU's number of multiprocessors
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

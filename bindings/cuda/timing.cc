@@ -1,8 +1,8 @@
 // Events in a GPU's stream, for benchmarks: between the executions that XLA launches, where the host's clock sees
 // nothing.
 //
-//   jaxkern.event.v1, attribute index: records event `index` once all that is in the stream before has run. Its operand
-//   and result tie it into the order of the program; neither is read or written.
+//   jaxkern.event.v1, attribute index: records event `index` once all that is in the stream before has run. Its
+//   operands and results tie it into the order of the program; none is read or written.
 #if !JAXKERN_SIM
 
 #include <cuda_runtime.h>
@@ -26,7 +26,7 @@ namespace ffi = xla::ffi;
 std::mutex lock;
 std::map<int64_t, cudaEvent_t> events;  // by index; never destroyed, as the driver may be gone before us
 
-ffi::Error event(cudaStream_t stream, ffi::AnyBuffer, ffi::Result<ffi::AnyBuffer>, int64_t index) {
+ffi::Error event(cudaStream_t stream, ffi::RemainingArgs, ffi::RemainingRets, int64_t index) {
   std::lock_guard guard(lock);
   cudaError_t error = cudaSuccess;
   if (!events.contains(index)) {
@@ -61,8 +61,7 @@ float elapsed_ms(int64_t from, int64_t to) {
 // may.
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     event_v1, event,
-    ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().Arg<ffi::AnyBuffer>().Ret<ffi::AnyBuffer>().Attr<int64_t>(
-        "index"));
+    ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().RemainingArgs().RemainingRets().Attr<int64_t>("index"));
 
 // To the module: event_handler(), the capsule to register as jaxkern.event.v1, and elapsed_ms(from, to).
 void bind_timing(nb::module_& m) {

@@ -5,9 +5,9 @@
 //   the other warpgroups           multiply; each keeps the float32 sums of its 64 or 128 rows of the tile, and stores
 //                                  them while the producers fetch the next tile
 //
-// The two blocks of a cluster take tiles one above the other, which need the same rows of b: each fetches half of them
-// for both. A pair whose second tile lies beyond m is computed all the same, on zeros: no block ever waits for one that
-// is gone.
+// The two blocks of a cluster take tiles one above the other, which need the same rows of b, or side by side, which
+// need the same rows of a, whichever are more: each fetches half of them for both. A pair whose second tile lies beyond
+// the matrix is computed all the same, on zeros: no block ever waits for one that is gone.
 #pragma once
 
 #include "cuda/gemm/schedule.h"
@@ -30,7 +30,12 @@ template <typename Schedule, int tile_m, int tile_n, int cluster, typename Forma
 struct Dense {
   static constexpr bool scaled = Format::scaled, b_rows = Format::b_rows;
   static constexpr int stage_k = Format::stage_k;
-  static_assert(tile_m % 128 == 0 && tile_n % 64 == 0 && (tile_n <= 128 || !b_rows));
+  static_assert(tile_m % 128 == 0 && tile_n % 64 == 0);
+  // Tiles of a cluster side by side and one above the other; of each operand's rows a block fetches its part.
+  static constexpr int across = tile_m > tile_n ? cluster : 1, above = cluster / across;
+  static constexpr int a_part = tile_m / across, b_part = tile_n / above;
+  // Where b has scales of blocks: as many for a tile and a stage, one for each `width` columns.
+  static constexpr int width = tile_n % 128 == 0 ? 128 : 64, blocks = scaled && !b_rows ? tile_n / width : 0;
   static constexpr int math_groups = 2;
   static constexpr int slabs = tile_m / math_groups / 64;  // of 64 rows, for each warpgroup
   static constexpr int threads = warpgroup_size * (math_groups + 1);
@@ -50,7 +55,7 @@ struct Dense {
   }
 
   using Params = DenseParams<Schedule, Out>;
-  using Walk = typename Schedule::template Walk<tile_m, tile_n>;
+  using Walk = typename Schedule::template Walk<tile_m, tile_n, across>;
   using At = Position<stages>;
 
   struct Smem {
@@ -123,20 +128,21 @@ struct Dense {
             cp_async_bulk_tensor<2>(&s.b_scales[at.stage], p.b_scales_map, {w.column, w.b_batch * p.k_blocks + block},
                                     s.full[at.stage]);
         }
-        copy_rows<tile_m, 1>(s.a[at.stage].data, p.a, w.row, element, w.a_batch, s.full[at.stage]);
-        constexpr int part = tile_n / cluster;
-        int first = cluster == 1 ? 0 : cluster_rank() * part;
-        copy_rows<part, cluster>(s.b[at.stage].data + first * block_k, p.b, w.column + first, element, w.b_batch,
-                                 s.full[at.stage]);
+        copy_rows<a_part, across>(s.a[at.stage].data, p.a, w.row, element, w.a_batch, s.full[at.stage]);
+        copy_rows<b_part, above>(s.b[at.stage].data, p.b, w.column, element, w.b_batch, s.full[at.stage]);
       }
     });
   }
 
-  // What a stage needs of the rows of an operand, from `row` and from `element` of k on, into `blocks` blocks of the
-  // cluster.
+  // This block's part, `rows` rows, of what a stage of `blocks` blocks needs of an operand, from `row` and from
+  // `element` of k on, into each of them.
   template <int rows, int blocks>
   DEVICE static void copy_rows(uint8_t* to, const TensorMap& map, int row, int element, int batch, Barrier& full) {
     constexpr int element_bytes = block_k / stage_k, box = Format::k_major ? rows : box_columns;
+    if constexpr (blocks > 1) {
+      to += cluster_rank() * rows * block_k;
+      row += cluster_rank() * rows;
+    }
 #pragma unroll
     for (int i = 0; i < rows; i += box) {
       int x = Format::k_major ? element : row + i, y = Format::k_major ? row + i : element;
@@ -166,7 +172,6 @@ struct Dense {
 
   DEVICE static void multiply(const Params& p, Smem& s, int group) {
     At at;
-    if (scaled && group == 1) bar_arrive(turn, 2 * warpgroup_size);  // the first turn is the other's
     for_tiles(Walk(p.schedule, s.schedule), [&](Work w) {
       float totals[slabs][tile_n / 2];
 #pragma unroll
@@ -177,9 +182,10 @@ struct Dense {
       Stage now;
       BlockScales b_scales(p, w);
       auto prepare = [&](int k) {
-        b_scales.load(p, k);
+        b_scales.load(k, now.b_scales);
         now.at(s, at.stage, group);
         mbarrier_wait(s.full[at.stage], at.phase);
+        now.load_scales(s, group);
         if constexpr (Schedule::tails)
           if (k == w.k_blocks - 1 && w.tail < stage_k) clear_tail(s, at.stage, w.tail);
         at.advance();
@@ -191,84 +197,96 @@ struct Dense {
           if (k + 1 < w.k_blocks) prepare(k + 1);
         };
         if constexpr (scaled)
-          add_scaled_stage(s, now, group, b_scales, totals, prepare_next);
+          add_scaled_stage(s, now, totals, prepare_next);
         else
           add_stage(s, now, totals, prepare_next);
       }
       store(p, s, w, group, totals);
     });
-    if (scaled && group == 0) bar_sync(turn, 2 * warpgroup_size);  // the other's last turn
     if (thread_index() % warpgroup_size == 0) bulk_wait_group<0>();
   }
 
-  // What a warpgroup's products of a stage read.
+  // What a warpgroup's products of a stage read, and the scales of their sums: of its rows, and of blocks of columns.
   struct Stage {
     int index;
     uint64_t a, b;
+    float a_scales[slabs][2], b_scales[blocks + 1];
 
     DEVICE void at(Smem& s, int stage, int group) {
       index = stage;
       a = operand<Format>(s.a[stage].data + group * slabs * slab_bytes);
       b = operand<Format>(&s.b[stage]);
     }
+
+    DEVICE void load_scales(Smem& s, int group) {
+      if constexpr (scaled)
+#pragma unroll
+        for (int i = 0; i < 2 * slabs; ++i)
+          a_scales[i / 2][i % 2] = load(s.a_scales[index][(group * slabs + i / 2) * 64 + fragment_row(i % 2 * 2)]);
+    }
   };
   static constexpr int slab_bytes = 64 * block_k, slab_step = slab_bytes / 16;  // in units of a descriptor
 
-  // The scales of b for a tile's columns and one stage, one for each `width` of them, if b has them in blocks.
+  // Those of `depth` stages and of four blocks of b in a warp's lanes, and the next under way: nothing waits for a
+  // load.
   struct BlockScales {
-    static constexpr int width = tile_n % 128 == 0 ? 128 : 64;
-    static constexpr int count = scaled && !b_rows ? tile_n / width : 0;
-    int first[count + 1];  // 2^31 scales are those of more than any GPU holds
-    float value[count + 1];
+    static constexpr int depth = 8;
+    const Params& p;
+    int column, row;  // in the tile's first block; this lane's row of scales
+    float held, coming;
 
-    DEVICE BlockScales(const Params& p, Work w) {
-#pragma unroll
-      for (int i = 0; i < count; ++i) {
-        int block = (w.column + i * width) / 128, last = (p.n - 1) / 128;
-        first[i] = (w.b_batch * (last + 1) + (block < last ? block : last)) * p.k_blocks;
+    DEVICE BlockScales(const Params& p, Work w) : p(p), column(w.column % 128) {
+      if constexpr (blocks > 0) {
+        int block = w.column / 128 + lane_index() / depth, last = (p.n - 1) / 128;
+        // 2^31 scales are those of more than any GPU holds.
+        row = (w.b_batch * (last + 1) + (block < last ? block : last)) * p.k_blocks;
+        fetch(0);
       }
     }
 
-    DEVICE void load(const Params& p, int k) {
+    DEVICE void fetch(int k) {
+      int own = k + lane_index() % depth;
+      coming = load_global<float>(p.b_scales, row + (own < p.k_blocks ? own : 0));
+    }
+
+    // Of stage k, the stages in turn.
+    DEVICE void load(int k, float (&scales)[blocks + 1]) {
+      if constexpr (blocks > 0) {
+        if (k % depth == 0) held = coming;
+        if (k % depth == depth / 2) fetch(k + depth / 2);
 #pragma unroll
-      for (int i = 0; i < count; ++i) value[i] = load_global<float>(p.b_scales, first[i] + k);
+        for (int i = 0; i < blocks; ++i) scales[i] = shfl(held, (column + i * width) / 128 * depth + k % depth);
+      }
     }
   };
 
   // totals += the products of one stage, each sum over its 128 of k times both scales. The stage after it is prepared
   // while the last product runs.
   template <typename Prepare>
-  DEVICE static void add_scaled_stage(Smem& s, const Stage& now, int group, const BlockScales& b_scales,
-                                      float (&totals)[slabs][tile_n / 2], Prepare prepare_next) {
+  DEVICE static void add_scaled_stage(Smem& s, const Stage& now, float (&totals)[slabs][tile_n / 2],
+                                      Prepare prepare_next) {
 #pragma unroll
     for (int slab = 0; slab < slabs; ++slab) {
       float sums[tile_n / 2];
-      bar_sync(turn + group, 2 * warpgroup_size);
       multiply_stage<Format, tile_n>(sums, now.a + slab * slab_step, now.b);
-      bar_arrive(turn + 1 - group, 2 * warpgroup_size);
-      auto& scales = s.a_scales[now.index];
-      int row = (group * slabs + slab) * 64;
-      float rows[2] = {load(scales[row + fragment_row(0)]), load(scales[row + fragment_row(2)])};
-      Pack<float, 2> columns[b_rows ? tile_n / 8 : 1];
-      float blocks[2][BlockScales::count + 1];
-      if constexpr (b_rows) {
+      float scales[2][blocks + 1] = {{now.a_scales[slab][0]}, {now.a_scales[slab][1]}};
 #pragma unroll
-        for (int j = 0; j < tile_n / 8; ++j) columns[j] = load_pack<2>(s.b_scales[now.index][fragment_column(4 * j)]);
-      } else {
-#pragma unroll
-        for (int j = 0; j < 2 * BlockScales::count; ++j) blocks[j % 2][j / 2] = rows[j % 2] * b_scales.value[j / 2];
-      }
+      for (int j = 2 * blocks - 1; j >= 0; --j) scales[j % 2][j / 2] = now.a_scales[slab][j % 2] * now.b_scales[j / 2];
       int stage = now.index;
       if (slab == slabs - 1) prepare_next();
       wgmma_wait_group<0>(sums);
-      if (slab == slabs - 1) release(s.empty[stage]);
+      if (!b_rows && slab == slabs - 1) release(s.empty[stage]);
+      Pack<float, 2> columns;
 #pragma unroll
       for (int i = 0; i < tile_n / 2; ++i) {
-        if constexpr (b_rows)
-          totals[slab][i] += rows[i / 2 % 2] * columns[i / 4].item[i % 2] * sums[i];
-        else
-          totals[slab][i] += blocks[i / 2 % 2][i / 4 * 8 / BlockScales::width] * sums[i];
+        float scale = scales[i / 2 % 2][b_rows ? 0 : i / 4 * 8 / width];
+        if constexpr (b_rows) {
+          if (i % 4 == 0) columns = load_pack<2>(s.b_scales[stage][fragment_column(i)]);
+          scale *= columns.item[i % 2];
+        }
+        totals[slab][i] += scale * sums[i];
       }
+      if (b_rows && slab == slabs - 1) release(s.empty[stage]);
     }
   }
 
@@ -286,10 +304,6 @@ struct Dense {
       wgmma_wait_group<0>(totals[0], totals[1]);
     release(s.empty[stage]);
   }
-
-  // The two math warpgroups take turns at the tensor cores, so that one multiplies while the other promotes its sums.
-  // Left to themselves they fall into step, and the tensor cores idle while both promote.
-  static constexpr int turn = 4;  // and 5: named barriers
 
   // In every block that a copy of the next round into this stage may come from.
   DEVICE static void release(Barrier& empty) {

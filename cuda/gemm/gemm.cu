@@ -19,12 +19,14 @@ using namespace jaxkern::cuda::kernels;
 // The kernels that exist. A plan is one of them.
 enum class Plan { narrow_16, narrow_32, narrow_64, dense_128_64, dense_128_128, dense_128_192, dense_256_128 };
 
-// The cycles of so many tiles, for each stage of k. A wave of tiles, one on each multiprocessor, takes what its
+// The cycles of so many tiles of `stages` stages of k. A wave of tiles, one on each multiprocessor, takes what its
 // products take at the tensor cores' rate (8192 e4m3 operations a cycle, half as many of bfloat16), or what its
-// operands take from L2 (about 46 bytes a cycle and multiprocessor), whichever is more.
-double cycles_of(int64_t tiles, int tile_m, int tile_n, int multiprocessors) {
+// operands take from L2 (about 46 bytes a cycle and multiprocessor), whichever is more, and then what storing takes:
+// little for bfloat16; float32 is as much as memory takes, and 256 rows wait for the first 128.
+double cycles_of(int64_t tiles, int tile_m, int tile_n, int64_t stages, bool out_is_float32, int multiprocessors) {
   double products = tile_m * tile_n * 128.0 / 4096, loads = (tile_m + tile_n) * 128 / 46.0;
-  return ceil_div(tiles, multiprocessors) * std::max(products, loads);
+  double store = tile_m * tile_n / (!out_is_float32 ? 32.0 : tile_m > 128 ? 4.0 : 5.0);
+  return ceil_div(tiles, multiprocessors) * (stages * std::max(products, loads) + store);
 }
 
 // The tile with the least time by this model, the first of equals. For few rows also those that spread b over all
@@ -45,8 +47,8 @@ Plan choose(const Gemm& g, int multiprocessors) {
   double least = 0;
   for (const auto& t : tiles) {
     if (g.m < t.first || g.m > t.last) continue;
-    if (t.m * t.n > 128 * 128 && (g.b_block == 1 || g.out_is_float32)) continue;  // these need too many registers
-    double time = cycles_of(g.batch * ceil_div(g.m, t.m) * ceil_div(g.n, t.n), t.m, t.n, multiprocessors);
+    double time = cycles_of(g.batch * ceil_div(g.m, t.m) * ceil_div(g.n, t.n), t.m, t.n, ceil_div(g.k, block_k),
+                            g.out_is_float32, multiprocessors);
     if (least == 0 || time < least) {
       least = time;
       best = t.plan;
@@ -81,10 +83,10 @@ Error scales_map(TensorMap& map, Global<const float> scales, int64_t rows, int b
 }
 
 // As many rows of tiles as make what runs at one time about square.
-int band_of(int64_t m_tiles, int tile_m, int tile_n, int blocks, int cluster) {
+int band_of(int64_t m_tiles, int tile_m, int tile_n, int blocks, int above) {
   int band = 1;
   while (band * 2 <= m_tiles && band * 2 * tile_m <= blocks / band * tile_n) band *= 2;
-  return round_up(band, cluster);
+  return round_up(band, above);
 }
 
 template <typename Format, typename Params, typename Out>
@@ -112,8 +114,8 @@ Error launch_dense(const Gemm& g, int64_t out_batch, const typename Schedule::Pa
   p.scales_by_copy_engine = Format::scaled && g.m % 4 == 0 && aligned_rows;
   int blocks = multiprocessors() / cluster * cluster;
   constexpr Element element = sizeof(Out) == 4 ? Element::float32 : Element::bfloat16;
-  Error error = first_error({operand_map<Format>(p.a, g.a, g.batch, g.m, g.k, tile_m),
-                             operand_map<Format>(p.b, g.b, g.b_batch, g.n, g.k, tile_n / cluster),
+  Error error = first_error({operand_map<Format>(p.a, g.a, g.batch, g.m, g.k, Kernel::a_part),
+                             operand_map<Format>(p.b, g.b, g.b_batch, g.n, g.k, Kernel::b_part),
                              matrix_map(p.out, g.out, element, sizeof(Out), out_batch, g.m, g.n, 64)});
   if (error.empty() && p.scales_by_copy_engine) error = scales_map(p.a_scales_map, p.a_scales, g.m, tile_m);
   if (error.empty() && p.scales_by_copy_engine && Format::b_rows)
@@ -146,8 +148,10 @@ Batches::Params batches(const Gemm& g, int m_tiles, int n_tiles, int band) {
 
 template <int tile_m, int tile_n, int cluster, typename Format, typename Out>
 Error launch_dense(const Gemm& g, Stream stream) {
-  int m_tiles = round_up(ceil_div(g.m, tile_m), cluster), n_tiles = ceil_div(g.n, tile_n);
-  int band = band_of(m_tiles, tile_m, tile_n, multiprocessors() / cluster * cluster, cluster);
+  using Kernel = Dense<Batches, tile_m, tile_n, cluster, Format, Out>;
+  int m_tiles = round_up(ceil_div(g.m, tile_m), Kernel::above),
+      n_tiles = round_up(ceil_div(g.n, tile_n), Kernel::across);
+  int band = band_of(m_tiles, tile_m, tile_n, multiprocessors() / cluster * cluster, Kernel::above);
   return launch_dense<Batches, tile_m, tile_n, cluster, Format, Out>(
       g, g.batch, batches<Format>(g, m_tiles, n_tiles, band), true, g.batch * m_tiles * n_tiles, stream);
 }
@@ -176,11 +180,9 @@ Error launch_plan(Plan plan, const Gemm& g, Stream stream) {
     case Plan::dense_128_64:
       return launch_dense<128, 64, 1, Format, Out>(g, stream);
     case Plan::dense_128_192:
-      if constexpr (!Format::b_rows && sizeof(Out) == 2) return launch_dense<128, 192, 2, Format, Out>(g, stream);
-      [[fallthrough]];
+      return launch_dense<128, 192, 2, Format, Out>(g, stream);
     case Plan::dense_256_128:
-      if constexpr (!Format::b_rows && sizeof(Out) == 2) return launch_dense<256, 128, 2, Format, Out>(g, stream);
-      [[fallthrough]];
+      return launch_dense<256, 128, 2, Format, Out>(g, stream);
     default:
       return launch_dense<128, 128, 1, Format, Out>(g, stream);
   }
@@ -188,13 +190,10 @@ Error launch_plan(Plan plan, const Gemm& g, Stream stream) {
 
 template <typename Format, typename Out>
 Error prepare_plans() {
-  Error error = first_error({prepare<Narrow<16, Format, Out>>(), prepare<Narrow<32, Format, Out>>(),
-                             prepare<Narrow<64, Format, Out>>(), prepare<Dense<Batches, 128, 64, 1, Format, Out>>(),
-                             prepare<Dense<Batches, 128, 128, 1, Format, Out>>()});
-  if constexpr (!Format::b_rows && sizeof(Out) == 2)
-    error = first_error({error, prepare<Dense<Batches, 128, 192, 2, Format, Out>>(),
-                         prepare<Dense<Batches, 256, 128, 2, Format, Out>>()});
-  return error;
+  return first_error(
+      {prepare<Narrow<16, Format, Out>>(), prepare<Narrow<32, Format, Out>>(), prepare<Narrow<64, Format, Out>>(),
+       prepare<Dense<Batches, 128, 64, 1, Format, Out>>(), prepare<Dense<Batches, 128, 128, 1, Format, Out>>(),
+       prepare<Dense<Batches, 128, 192, 2, Format, Out>>(), prepare<Dense<Batches, 256, 128, 2, Format, Out>>()});
 }
 
 // ---- groups ----
@@ -211,12 +210,12 @@ constexpr int small_rows = 64;  // up to here a group is Small's; only the devic
 
 template <int tile_m, int tile_n, int cluster, typename Format, typename Out>
 Error launch_dense_groups(const GroupedGemm& g, const Gemm& product, RowGroups::Params schedule, Stream stream) {
-  schedule.cluster = cluster;
-  schedule.n_tiles = ceil_div(g.n, tile_n);
-  schedule.band =
-      band_of(round_up(ceil_div(schedule.most, tile_m), cluster), tile_m, tile_n, multiprocessors(), cluster);
+  using Kernel = Dense<RowGroups, tile_m, tile_n, cluster, Format, Out>;
+  static_assert(Kernel::above == 1);  // a group's last tile has none below it
+  schedule.n_tiles = round_up(ceil_div(g.n, tile_n), Kernel::across);
+  schedule.band = band_of(ceil_div(schedule.most, tile_m), tile_m, tile_n, multiprocessors(), 1);
   // At most this many: every tile but a group's last is full, and that one has more than small_rows rows.
-  int64_t tiles = round_up(ceil_div(g.m, small_rows + 1), cluster) * cluster * schedule.n_tiles;
+  int64_t tiles = ceil_div(g.m, small_rows + 1) * schedule.n_tiles;
   bool aligned_rows = (g.stride ? g.stride : g.alignment) % 4 == 0;
   return launch_dense<RowGroups, tile_m, tile_n, cluster, Format, Out>(product, 1, schedule, aligned_rows, tiles,
                                                                        stream);
@@ -249,7 +248,7 @@ Error launch_row_groups(const GroupedGemm& g, Stream stream) {
                   .m = g.m,
                   .n = g.n,
                   .k = g.k};
-  RowGroups::Params schedule = {.groups = groups, .least = 1, .most = small_rows, .band = 1, .cluster = 1};
+  RowGroups::Params schedule = {.groups = groups, .least = 1, .most = small_rows, .band = 1};
   schedule.k_blocks = ceil_div(g.k, Format::stage_k);
   int64_t row_words = g.n * sizeof(Out) / 4;
   Gaps::Params gaps = {groups, {static_cast<uint32_t*>(g.out), g.m * row_words}, static_cast<int>(row_words)};
@@ -261,15 +260,12 @@ Error launch_row_groups(const GroupedGemm& g, Stream stream) {
   schedule.least = small_rows + 1;
   schedule.most = most;
   // The large tile, which wastes more at the end of a group, where groups are large on average.
-  if constexpr (!Format::b_rows && sizeof(Out) == 2)
-    if (!g.stride && g.m >= 512 * g.groups)
-      return launch_dense_groups<256, 128, 2, Format, Out>(g, product, schedule, stream);
+  if (!g.stride && g.m >= 512 * g.groups)
+    return launch_dense_groups<256, 128, 2, Format, Out>(g, product, schedule, stream);
   return launch_dense_groups<128, 128, 1, Format, Out>(g, product, schedule, stream);
 }
 
 constexpr int k_tile_n = 128;
-
-int k_tiles_m(const KGroupedGemm& g, int tile_m, int cluster) { return round_up(ceil_div(g.m, tile_m), cluster); }
 
 template <int tile_m, int cluster, typename Format>
 Error launch_k_groups(const KGroupedGemm& g, Stream stream) {
@@ -286,14 +282,15 @@ Error launch_k_groups(const KGroupedGemm& g, Stream stream) {
                   .m = g.m,
                   .n = g.n,
                   .k = g.t};
-  int m_tiles = k_tiles_m(g, tile_m, cluster), n_tiles = ceil_div(g.n, k_tile_n);
-  KGroups::Params schedule = {
-      .groups = group_list(g.group_sizes, g.groups, g.alignment, g.stride, g.t),
-      .m = static_cast<int>(g.m),
-      .m_tiles = m_tiles,
-      .n_tiles = n_tiles,
-      .band = band_of(m_tiles, tile_m, k_tile_n, multiprocessors() / cluster * cluster, cluster),
-      .stage_k = Format::stage_k};
+  using Kernel = Dense<KGroups, tile_m, k_tile_n, cluster, Format, float>;
+  static_assert(Kernel::above == 1);
+  int m_tiles = ceil_div(g.m, tile_m), n_tiles = round_up(ceil_div(g.n, k_tile_n), Kernel::across);
+  KGroups::Params schedule = {.groups = group_list(g.group_sizes, g.groups, g.alignment, g.stride, g.t),
+                              .m = static_cast<int>(g.m),
+                              .m_tiles = m_tiles,
+                              .n_tiles = n_tiles,
+                              .band = band_of(m_tiles, tile_m, k_tile_n, multiprocessors() / cluster * cluster, 1),
+                              .stage_k = Format::stage_k};
   return launch_dense<KGroups, tile_m, k_tile_n, cluster, Format, float>(product, g.groups, schedule, true,
                                                                          g.groups * m_tiles * n_tiles, stream);
 }
@@ -332,14 +329,15 @@ Error k_grouped_gemm(const KGroupedGemm& g, Stream stream) {
   int64_t out_bytes = g.groups * g.m * g.n * 4;
   if (out_bytes == 0) return {};
   if (g.t == 0) return g.accumulator ? copy(g.out, g.accumulator, out_bytes, stream) : zero(g.out, out_bytes, stream);
-  if (g.scaled) return launch_k_groups<128, 1, RowScaled>(g, stream);
-  auto cycles = [&](int tile_m, int cluster) {
-    int64_t tiles = g.groups * k_tiles_m(g, tile_m, cluster) * ceil_div(g.n, k_tile_n);
-    return cycles_of(tiles, tile_m, k_tile_n, multiprocessors());
+  auto cycles = [&](int tile_m, int across) {
+    int64_t tiles = g.groups * ceil_div(g.m, tile_m) * round_up(ceil_div(g.n, k_tile_n), across);
+    int64_t stages = ceil_div(g.t, g.groups * (g.scaled ? RowScaled::stage_k : Transposed::stage_k));
+    return cycles_of(tiles, tile_m, k_tile_n, stages, true, multiprocessors());
   };
   // The large tile, which needs less of L2 for its products, unless more of it would be wasted.
-  if (cycles(256, 2) <= cycles(128, 1)) return launch_k_groups<256, 2, Transposed>(g, stream);
-  return launch_k_groups<128, 1, Transposed>(g, stream);
+  if (cycles(256, 2) <= cycles(128, 1))
+    return g.scaled ? launch_k_groups<256, 2, RowScaled>(g, stream) : launch_k_groups<256, 2, Transposed>(g, stream);
+  return g.scaled ? launch_k_groups<128, 1, RowScaled>(g, stream) : launch_k_groups<128, 1, Transposed>(g, stream);
 }
 
 Error prepare_gemm() {
@@ -351,10 +349,8 @@ Error prepare_gemm() {
 
 template <typename Format, typename Out>
 Error prepare_row_groups() {
-  Error error = first_error({prepare<Small<Format, Out>>(), prepare<Dense<RowGroups, 128, 128, 1, Format, Out>>()});
-  if constexpr (!Format::b_rows && sizeof(Out) == 2)
-    error = first_error({error, prepare<Dense<RowGroups, 256, 128, 2, Format, Out>>()});
-  return error;
+  return first_error({prepare<Small<Format, Out>>(), prepare<Dense<RowGroups, 128, 128, 1, Format, Out>>(),
+                      prepare<Dense<RowGroups, 256, 128, 2, Format, Out>>()});
 }
 
 Error prepare_grouped_gemm() {
@@ -369,6 +365,7 @@ Error prepare_grouped_gemm() {
 Error prepare_k_grouped_gemm() {
   return once_per_device([] {
     return first_error({prepare<Dense<KGroups, 128, k_tile_n, 1, RowScaled, float>>(),
+                        prepare<Dense<KGroups, 256, k_tile_n, 2, RowScaled, float>>(),
                         prepare<Dense<KGroups, 128, k_tile_n, 1, Transposed, float>>(),
                         prepare<Dense<KGroups, 256, k_tile_n, 2, Transposed, float>>()});
   });

@@ -31,16 +31,19 @@ DEVICE void for_tiles(Walk walk, F&& f) {
 }
 
 // Tile `i` of m_tiles x n_tiles, in bands of `band` rows of tiles: what runs at one time shares rows of a and of b in
-// L2.
+// L2. `across` tiles in turn lie side by side; n_tiles is a multiple of it.
 struct TilePosition {
   int m_tile, n_tile;
 };
 
-DEVICE TilePosition tile_position(int i, int m_tiles, int n_tiles, int band) {
+DEVICE TilePosition tile_position(int i, int m_tiles, int n_tiles, int band, int across) {
+  int aside = i % across;
+  i /= across;
+  n_tiles /= across;
   int first = i / (band * n_tiles) * band;
   int rows = m_tiles - first < band ? m_tiles - first : band;
   int in_band = i - first * n_tiles;
-  return {first + in_band % rows, in_band / rows};
+  return {first + in_band % rows, in_band / rows * across + aside};
 }
 
 // ---- batches ----
@@ -58,7 +61,7 @@ struct Batches {
 
   DEVICE static void prepare(const Params&, Smem&) {}
 
-  template <int tile_m, int tile_n>
+  template <int tile_m, int tile_n, int across = 1>
   struct Walk {
     const Params& p;
     DEVICE Walk(const Params& p, const Smem&) : p(p) {}
@@ -67,7 +70,7 @@ struct Batches {
     DEVICE bool find(int i, Work& w) {
       int per_batch = p.m_tiles * p.n_tiles, batch = i / per_batch;
       if (batch >= p.batch) return false;
-      TilePosition t = tile_position(i % per_batch, p.m_tiles, p.n_tiles, p.band);
+      TilePosition t = tile_position(i % per_batch, p.m_tiles, p.n_tiles, p.band, across);
       w = {batch, p.b_batch == 1 ? 0 : batch, batch, t.m_tile * tile_m, t.n_tile * tile_n, p.m, 0, p.k_blocks, 0, 0};
       return true;
     }
@@ -84,13 +87,13 @@ struct RowGroups {
   struct Params {
     GroupList groups;  // of rows
     int least, most;   // rows of the groups that this kernel computes
-    int k_blocks, n_tiles, band, cluster;
+    int k_blocks, n_tiles, band;
   };
   using Smem = GroupTable;
 
   DEVICE static void prepare(const Params& p, Smem& s) { fill_table(p.groups, s); }
 
-  template <int tile_m, int tile_n>
+  template <int tile_m, int tile_n, int across = 1>
   struct Walk {
     const Params& p;
     const Smem& s;
@@ -102,9 +105,9 @@ struct RowGroups {
       for (; group < p.groups.count; ++group) {
         int size = load(s.size[group]);
         if (size < p.least || size > p.most) continue;
-        int m_tiles = round_up(ceil_div(size, tile_m), p.cluster), tiles = m_tiles * p.n_tiles;
+        int m_tiles = ceil_div(size, tile_m), tiles = m_tiles * p.n_tiles;
         if (i < first + tiles) {
-          TilePosition t = tile_position(i - first, m_tiles, p.n_tiles, p.band < m_tiles ? p.band : m_tiles);
+          TilePosition t = tile_position(i - first, m_tiles, p.n_tiles, p.band < m_tiles ? p.band : m_tiles, across);
           int start = load(s.start[group]);
           w = {0, group, 0, start + t.m_tile * tile_m, t.n_tile * tile_n, start + size, 0, p.k_blocks, 0, 0};
           return true;
@@ -130,7 +133,7 @@ struct KGroups {
 
   DEVICE static void prepare(const Params& p, Smem& s) { fill_table(p.groups, s); }
 
-  template <int tile_m, int tile_n>
+  template <int tile_m, int tile_n, int across = 1>
   struct Walk {
     const Params& p;
     const Smem& s;
@@ -139,7 +142,7 @@ struct KGroups {
     DEVICE bool find(int i, Work& w) {
       int tiles = p.m_tiles * p.n_tiles, group = i / tiles;
       if (group >= p.groups.count) return false;
-      TilePosition t = tile_position(i % tiles, p.m_tiles, p.n_tiles, p.band);
+      TilePosition t = tile_position(i % tiles, p.m_tiles, p.n_tiles, p.band, across);
       int start = load(s.start[group]), size = load(s.size[group]);
       int blocks = ceil_div(size, p.stage_k);
       w = {0, 0, group, t.m_tile * tile_m, t.n_tile * tile_n, p.m, 0, blocks, start, size - (blocks - 1) * p.stage_k};
