@@ -124,14 +124,14 @@ def main(argv: list[str] | None = None) -> int:
     record["machine"] |= speed(clock)
     print(json.dumps(record["machine"], indent=1))
     print_rows(heading=True)
+    result = RESULTS / (f"gpu.{options.family}.json" if options.family else "gpu.json")
     for case in plan:
         rows = measure(case, clock, record["machine"])
         print_rows(rows)
         record["rows"] += map(dataclasses.asdict, rows)
-    result = RESULTS / (f"gpu.{options.family}.json" if options.family else "gpu.json")
-    for path in [options.json] * bool(options.json) + [result] * options.commit:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        for path in [options.json] * bool(options.json) + [result] * options.commit:  # a run may be cut short
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(record, indent=1) + "\n")
 
     wrong = [f"{name}: {outcome}" for name, outcome in record["checks"].items() if outcome.startswith("failed")]
     wrong += [
