@@ -248,8 +248,12 @@ Error launch_row_groups(const GroupedGemm& g, Stream stream) {
                   .m = g.m,
                   .n = g.n,
                   .k = g.k};
-  RowGroups::Params schedule = {.groups = groups, .least = 1, .most = small_rows, .band = 1};
-  schedule.k_blocks = ceil_div(g.k, Format::stage_k);
+  RowGroups::Params schedule = {.groups = groups,
+                                .least = 1,
+                                .most = small_rows,
+                                .k_blocks = static_cast<int>(ceil_div(g.k, Format::stage_k)),
+                                .n_tiles = 0,  // each kernel's own
+                                .band = 1};
   int64_t row_words = g.n * sizeof(Out) / 4;
   Gaps::Params gaps = {groups, {static_cast<uint32_t*>(g.out), g.m * row_words}, static_cast<int>(row_words)};
   Error error = first_error(
