@@ -630,7 +630,6 @@ class Clock:
             ]
             for args in inputs
         ]
-
         result = plain(*jax.tree.unflatten(tree, copies[0]))
 
         def timed(dirty, *arrays):

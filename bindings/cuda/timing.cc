@@ -1,5 +1,4 @@
-// Events in a GPU's stream, for benchmarks: between the executions that XLA launches, where the host's clock sees
-// nothing.
+// Events in a GPU's stream, for benchmarks: inside a program that XLA launches, where the host's clock sees nothing.
 //
 //   jaxkern.event.v1, attribute index: records event `index` once all that is in the stream before has run. Its
 //   operands and results tie it into the order of the program; none is read or written.

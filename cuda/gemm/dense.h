@@ -35,7 +35,7 @@ struct Dense {
   static constexpr int across = tile_m > tile_n ? cluster : 1, above = cluster / across;
   static constexpr int a_part = tile_m / across, b_part = tile_n / above;
   // Where b has scales of blocks: as many for a tile and a stage, one for each `width` columns.
-  static constexpr int width = tile_n % 128 == 0 ? 128 : 64, blocks = scaled && !b_rows ? tile_n / width : 0;
+  static constexpr int width = tile_n % 128 == 0 ? 128 : 64, scale_blocks = scaled && !b_rows ? tile_n / width : 0;
   static constexpr int math_groups = 2;
   static constexpr int slabs = tile_m / math_groups / 64;  // of 64 rows, for each warpgroup
   static constexpr int threads = warpgroup_size * (math_groups + 1);
@@ -210,7 +210,7 @@ struct Dense {
   struct Stage {
     int index;
     uint64_t a, b;
-    float a_scales[slabs][2], b_scales[blocks + 1];
+    float a_scales[slabs][2], b_scales[scale_blocks + 1];
 
     DEVICE void at(Smem& s, int stage, int group) {
       index = stage;
@@ -227,16 +227,17 @@ struct Dense {
   };
   static constexpr int slab_bytes = 64 * block_k, slab_step = slab_bytes / 16;  // in units of a descriptor
 
-  // Those of `depth` stages and of four blocks of b in a warp's lanes, and the next under way: nothing waits for a
-  // load.
+  // The scales of b's blocks: a warp's lanes have those of `depth` stages and of the four blocks from the tile's first
+  // on, and the next are under way. Nothing waits for a load.
   struct BlockScales {
     static constexpr int depth = 8;
     const Params& p;
-    int column, row;  // in the tile's first block; this lane's row of scales
+    int column;  // of the tile, in its first block
+    int row;     // of scales, this lane's
     float held, coming;
 
     DEVICE BlockScales(const Params& p, Work w) : p(p), column(w.column % 128) {
-      if constexpr (blocks > 0) {
+      if constexpr (scale_blocks > 0) {
         int block = w.column / 128 + lane_index() / depth, last = (p.n - 1) / 128;
         // 2^31 scales are those of more than any GPU holds.
         row = (w.b_batch * (last + 1) + (block < last ? block : last)) * p.k_blocks;
@@ -250,12 +251,12 @@ struct Dense {
     }
 
     // Of stage k, the stages in turn.
-    DEVICE void load(int k, float (&scales)[blocks + 1]) {
-      if constexpr (blocks > 0) {
+    DEVICE void load(int k, float (&scales)[scale_blocks + 1]) {
+      if constexpr (scale_blocks > 0) {
         if (k % depth == 0) held = coming;
         if (k % depth == depth / 2) fetch(k + depth / 2);
 #pragma unroll
-        for (int i = 0; i < blocks; ++i) scales[i] = shfl(held, (column + i * width) / 128 * depth + k % depth);
+        for (int i = 0; i < scale_blocks; ++i) scales[i] = shfl(held, (column + i * width) / 128 * depth + k % depth);
       }
     }
   };
@@ -269,9 +270,9 @@ struct Dense {
     for (int slab = 0; slab < slabs; ++slab) {
       float sums[tile_n / 2];
       multiply_stage<Format, tile_n>(sums, now.a + slab * slab_step, now.b);
-      float scales[2][blocks + 1] = {{now.a_scales[slab][0]}, {now.a_scales[slab][1]}};
+      float scales[2][scale_blocks + 1] = {{now.a_scales[slab][0]}, {now.a_scales[slab][1]}};
 #pragma unroll
-      for (int j = 2 * blocks - 1; j >= 0; --j) scales[j % 2][j / 2] = now.a_scales[slab][j % 2] * now.b_scales[j / 2];
+      for (int j = 0; j < 2 * scale_blocks; ++j) scales[j % 2][j / 2] = now.a_scales[slab][j % 2] * now.b_scales[j / 2];
       int stage = now.index;
       if (slab == slabs - 1) prepare_next();
       wgmma_wait_group<0>(sums);
