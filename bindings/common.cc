@@ -2,11 +2,37 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <memory>
 #include <thread>
 
+#ifdef __linux__
+#include <sched.h>
+#endif
+
 namespace jaxkern {
 namespace {
+
+// Linux likes to wake a thread on the core of the one that wakes it, and leaves it there for a millisecond though
+// another core has nothing to do, which is longer than most kernels run.
+#ifdef __linux__
+int core() { return sched_getcpu(); }
+void let_others_run() { sched_yield(); }
+
+// Moves this thread away from core `taken`, if it is there and may run anywhere else.
+void leave(int taken) {
+  cpu_set_t allowed;
+  if (core() != taken || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  cpu_set_t others = allowed;
+  CPU_CLR(taken, &others);
+  if (CPU_COUNT(&others) > 0 && sched_setaffinity(0, sizeof others, &others) == 0)
+    sched_setaffinity(0, sizeof allowed, &allowed);
+}
+#else
+int core() { return 0; }
+void let_others_run() {}
+void leave(int) {}
+#endif
 
 // Shared by the caller and its helpers; a helper that starts after the work is done finds none and touches nothing
 // else.
@@ -15,13 +41,25 @@ struct Work {
   void* context;
   int64_t tasks;
   std::atomic<int64_t> next{0};
-  std::atomic<int> open{0};  // threads that may be in a task
+  std::atomic<int64_t> waking;  // helpers that have not started
+  std::atomic<int> open{0};     // threads that may be in a task
 
   // Whoever finds no task left has seen every claim of one, and with it that claimant in `open`.
   void run() {
     open.fetch_add(1);
-    for (int64_t i; (i = next.fetch_add(1)) < tasks;) task(context, i);
+    uint64_t done = 0;
+    for (int64_t i; (i = next.fetch_add(1)) < tasks;) {
+      task(context, i);
+      // After 1, 2, 4, 8 tasks: a helper may be waiting for this very core.
+      if (std::has_single_bit(++done) && waking.load() > 0) let_others_run();
+    }
     if (open.fetch_sub(1) == 1) open.notify_all();
+  }
+
+  void help(int callers_core) {
+    waking.fetch_sub(1);
+    if (next.load() < tasks) leave(callers_core);
+    run();
   }
 
   // Only tasks that a helper has begun are still open, so this is short and cannot deadlock.
@@ -44,8 +82,8 @@ void run_on_pool(void* pool_pointer, int64_t tasks, cpu::Threads::Task task, voi
   work->task = task;
   work->context = context;
   work->tasks = tasks;
-  int64_t helpers = std::min(threads_in(pool), tasks) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule([work] { work->run(); });
+  work->waking = std::min(threads_in(pool), tasks) - 1;
+  for (int64_t i = work->waking; i > 0; --i) pool.Schedule([work, from = core()] { work->help(from); });
   work->run();
   work->wait();
 }
