@@ -590,6 +590,7 @@ template <typename T>
 struct MlaMergeKernel {
   static constexpr bool starts_early = true;
   static constexpr int threads = mla_latent / 4;
+  static constexpr int at_once = 4;  // parts whose loads are in flight together
   static std::string name() { return std::string("MlaMergeKernel<") + format_name<T> + ">"; }
 
   struct Params {
@@ -604,35 +605,51 @@ struct MlaMergeKernel {
     griddepcontrol_wait();
     const MlaSizes& m = p.sizes;
     if (m.splits == 0 && load_global<int32_t>(m.cuts, m.stretches + 1) == 0) return;  // nothing is shared
+    int share = m.splits == 0 ? load_global<int32_t>(m.cuts, 1) : 0;  // of each stretch, if any request is cut
     int column = thread_index() * 4;
     for (int i = block_index(); i < m.batch * m.rows; i += grid_size()) {
-      int request = i / m.rows, row = i % m.rows, group = row / mla_rows;
-      int run = request * m.splits, count = m.splits;
+      int place = i / m.rows, row = i % m.rows, group = row / mla_rows;
+      int request = place, run = request * m.splits, count = m.splits;
       if (m.splits == 0) {
-        int first = last_below(m.cuts, m.stretches, load_global<int32_t>(m.starts, request));
-        run = request + first;
-        count = last_below(m.cuts, m.stretches, load_global<int32_t>(m.starts, request + 1) - 1) - first + 1;
+        int first = load_global<int32_t>(m.starts, place) / share;
+        run = place + first;
+        count = (load_global<int32_t>(m.starts, place + 1) - 1) / share - first + 1;
         if (count == 1) continue;
+        request = load_global<int32_t>(m.order, place);
       }
+      int64_t to = int64_t(request) * m.rows + row;
       int64_t from = int64_t(slot_of(m, run, group)) * mla_rows + row % mla_rows, step = m.row_groups * mla_rows;
       float most = -__builtin_inff(), total = 0, sums[4] = {0, 0, 0, 0};
-#pragma unroll 8
-      for (int part = 0; part < count; ++part)
-        most = fmaxf(most, load_global<float>(p.partial_lse, from + part * step));
-      float base = most == -__builtin_inff() ? 0 : most;
-#pragma unroll 8
-      for (int part = 0; part < count; ++part) {
-        float weight = ex2(load_global<float>(p.partial_lse, from + part * step) - base);
-        Pack<float, 4> x = load_global<Pack<float, 4>>(p.partial_out, (from + part * step) * mla_latent + column);
-        total += weight;
+      for (int part = 0; part < count; part += at_once) {
+        float lse[at_once];
+        Pack<float, 4> x[at_once];
 #pragma unroll
-        for (int j = 0; j < 4; ++j) sums[j] += weight * x.item[j];
+        for (int k = 0; k < at_once; ++k) {
+          bool exists = part + k < count;
+          int64_t at = from + (part + k) * step;
+          lse[k] = exists ? load_global<float>(p.partial_lse, at) : -__builtin_inff();
+          x[k] = exists ? load_global<Pack<float, 4>>(p.partial_out, at * mla_latent + column) : Pack<float, 4>{};
+        }
+        float before = most;
+#pragma unroll
+        for (int k = 0; k < at_once; ++k) most = fmaxf(most, lse[k]);
+        float base = most == -__builtin_inff() ? 0 : most, factor = ex2(before - base);
+        total *= factor;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[j] *= factor;
+#pragma unroll
+        for (int k = 0; k < at_once; ++k) {
+          float weight = ex2(lse[k] - base);
+          total += weight;
+#pragma unroll
+          for (int j = 0; j < 4; ++j) sums[j] += weight * x[k].item[j];
+        }
       }
       float inverse = total == 0 ? 0 : rcp(total);
-      store_global(p.out, int64_t(i) * mla_latent + column,
+      store_global(p.out, to * mla_latent + column,
                    Pack<uint32_t, 2>{to_pair(sums[0] * inverse, sums[1] * inverse, T{}),
                                      to_pair(sums[2] * inverse, sums[3] * inverse, T{})});
-      if (thread_index() == 0) store_global(p.lse, i, total == 0 ? -__builtin_inff() : (most + lg2(total)) * ln2);
+      if (thread_index() == 0) store_global(p.lse, to, total == 0 ? -__builtin_inff() : (most + lg2(total)) * ln2);
     }
   }
 };

@@ -20,9 +20,10 @@ Error decode(const MlaDecode& g, Stream stream) {
   int parts = std::min(multiprocessors(), most_mla_parts);
   if (g.num_splits > 0) parts = std::min<int64_t>(parts, g.batch * row_groups * g.num_splits);
   int together = std::min<int64_t>(row_groups, parts), stretches = parts / together;
-  int32_t* cuts = g.schedule + g.batch + 1;
+  int32_t *order = g.schedule, *starts = order + g.batch, *cuts = starts + g.batch + 1;
   MlaSizes sizes = {.seq_lens = {g.seq_lens, g.batch},
-                    .starts = {g.schedule, g.batch + 1},
+                    .order = {order, g.batch},
+                    .starts = {starts, g.batch + 1},
                     .cuts = {cuts, stretches + 2},
                     .batch = static_cast<int>(g.batch),
                     .rows = static_cast<int>(rows),
@@ -65,7 +66,7 @@ Error decode(const MlaDecode& g, Stream stream) {
     error = tensor_map<2>(p.partial_out, g.partial_out, Element::float32, {mla_latent, slots * mla_rows},
                           {mla_latent * 4}, {32, 16}, swizzle);
   if (error.empty() && g.num_splits == 0)
-    error = launch<MlaSchedule>(1, 1, {sizes, {g.schedule, g.batch + 1}, {cuts, stretches + 2}}, stream);
+    error = launch<MlaSchedule>(1, 1, {sizes, {order, g.batch}, {starts, g.batch + 1}, {cuts, stretches + 2}}, stream);
   if (error.empty()) error = launch<MlaDecodeKernel<Format>>(parts, 1, p, stream);
   if (!error.empty() || g.num_splits == 1) return error;
   using Merge = MlaMergeKernel<Number>;

@@ -2,10 +2,11 @@
 // against a run of its blocks of keys. Lengths of requests are read on the device, so the host waits for nothing.
 //
 // Without num_splits the blocks of keys of all requests lie on one line, and every block of threads takes a stretch of
-// it: of whole requests, if no stretch is much longer than an equal one, for then there are no partial results; else
-// equal ones, so that one long request uses the whole machine. With several groups of rows as many blocks of threads
-// take the same stretch, a group each, at about the same time, so that the keys come from memory once. With num_splits
-// every request is cut into so many equal runs, whatever else is in the batch: the same bits alone or in any batch.
+// it: of whole requests, if no stretch is much longer than an equal one, for then there are no partial results, which
+// cost more than some longer stretches; if need be the requests lie in an order in which that is so. Else equal ones,
+// so that one long request uses the whole machine. With several groups of rows as many blocks of threads take the same
+// stretch, a group each, at about the same time, so that the keys come from memory once. With num_splits every request
+// is cut into so many equal runs, whatever else is in the batch: the same bits alone or in any batch.
 #pragma once
 
 #include "cuda/arch/arch.h"
@@ -17,7 +18,8 @@ constexpr int key_block = 64;  // keys
 
 struct MlaSizes {
   Global<const int32_t> seq_lens;
-  Global<const int32_t> starts;  // [batch + 1]: the blocks of keys of all requests before
+  Global<const int32_t> order;   // [batch]: the requests as they lie on the line
+  Global<const int32_t> starts;  // [batch + 1]: the blocks of keys of all requests before on it
   Global<const int32_t> cuts;    // [stretches + 2]: where each stretch begins, where the last ends, and 1 if any
                                  // request is cut
   int batch, rows, row_groups;   // rows of a request, and how many 64s they are
@@ -60,7 +62,7 @@ DEVICE int slot_of(const MlaSizes& m, int run, int group) { return run * m.row_g
 // The pieces of one block of threads, in order.
 struct MlaWalk {
   const MlaSizes& m;
-  int at, end, group = 0, request = 0;
+  int at, end, group = 0, place = 0;  // on the line, and of a request there
 
   DEVICE MlaWalk(const MlaSizes& m) : m(m) {
     if (m.splits > 0) {
@@ -81,7 +83,7 @@ struct MlaWalk {
     group = of;
     at = load_global<int32_t>(m.cuts, stretch());
     end = load_global<int32_t>(m.cuts, stretch() + 1);
-    request = last_below(m.starts, m.batch, at);
+    place = last_below(m.starts, m.batch, at);
   }
 
   DEVICE bool next(Piece& piece) {
@@ -104,73 +106,85 @@ struct MlaWalk {
       restart(group + m.together);
       if (at >= end) return false;
     }
-    int start = load_global<int32_t>(m.starts, request), blocks = load_global<int32_t>(m.starts, request + 1) - start;
-    piece.request = request;
+    int start = load_global<int32_t>(m.starts, place), blocks = load_global<int32_t>(m.starts, place + 1) - start;
+    piece.request = load_global<int32_t>(m.order, place);
     piece.group = group;
-    piece.length = length_of(m, request);
+    piece.length = length_of(m, piece.request);
     piece.first = at - start;
     piece.last = blocks - piece.first < end - at ? blocks : piece.first + end - at;
     // A stretch's next piece is of the next request, the next stretch's first of the same or the next: no two share
     // one.
-    piece.slot = slot_of(m, request + stretch(), group);
+    piece.slot = slot_of(m, place + stretch(), group);
     piece.whole = piece.first == 0 && piece.last == blocks;
     at += piece.last - piece.first;
-    if (piece.last == blocks) ++request;
+    if (piece.last == blocks) ++place;
     return true;
   }
 };
 
-// Fills `starts` and `cuts`: one block, a thread for each request and for each stretch.
+// Fills `order`, `starts` and `cuts`: one block, a thread for each request and for each stretch.
 struct MlaSchedule {
   static constexpr int threads = 1024, warps = threads / warp_size;
   static std::string name() { return "MlaSchedule"; }
 
   struct Params {
     MlaSizes sizes;
-    Global<int32_t> starts, cuts;
+    Global<int32_t> order, starts, cuts;
   };
   struct Smem {
-    Shared<int32_t> of_warp[warps];
+    Shared<int32_t> of_warp[warps], blocks[threads];
   };
 
   DEVICE static void run(const Params& p, Smem& s) {
     griddepcontrol_launch_dependents();
     const MlaSizes& m = p.sizes;
+    int thread = thread_index();
+    for (int request = thread; request < m.batch; request += threads) store_global(p.order, request, request);
+    int all = lay_out(p, s);
+
+    // Whole requests, each to the equal stretch that its middle lies in.
+    for (int place = thread; place <= m.batch; place += threads) {
+      int start = load_global<int32_t>(m.starts, place);
+      int last = place < m.batch ? stretch_of(m, place, all) : m.stretches;
+      for (int i = place > 0 ? stretch_of(m, place - 1, all) + 1 : 0; i <= last; ++i) store_global(p.cuts, i, start);
+    }
+    bool is_cut = is_any_long(m, s, all);
+
+    // In order of their lengths, to one stretch after the other, back and forth.
+    if (is_cut && m.stretches < m.batch && m.batch <= threads) {
+      sort(p, s);
+      lay_out(p, s);
+      for (int i = thread; i <= m.stretches; i += threads)
+        store_global(p.cuts, i, load_global<int32_t>(m.starts, first_place(m, i)));
+      is_cut = is_any_long(m, s, all);
+    }
+
+    int share = static_cast<int>(ceil_div(all, m.stretches));
+    for (int i = thread; is_cut && i <= m.stretches; i += threads)
+      store_global(p.cuts, i, int64_t(i) * share < all ? i * share : all);
+    if (thread == 0) store_global(p.cuts, m.stretches + 1, static_cast<int32_t>(is_cut));
+  }
+
+  // Fills `starts`; how many blocks there are.
+  DEVICE static int lay_out(const Params& p, Smem& s) {
+    const MlaSizes& m = p.sizes;
     int thread = thread_index(), lane = lane_index(), warp = thread / warp_size, all = 0;
+    bar_sync(0, threads);
     for (int first = 0; first < m.batch; first += threads) {
-      int request = first + thread, own = request < m.batch ? key_blocks_of(length_of(m, request)) : 0;
+      int place = first + thread;
+      int own = place < m.batch ? key_blocks_of(length_of(m, load_global<int32_t>(m.order, place))) : 0;
       int sum = sum_up_to(own);
       if (lane == warp_size - 1) store(s.of_warp[warp], sum);
       bar_sync(0, threads);
       int of_warps = sum_up_to(load(s.of_warp[lane]));
       int before = all + (warp > 0 ? shfl(of_warps, warp - 1) : 0);
-      if (request < m.batch) store_global(p.starts, request, before + sum - own);
+      if (place < m.batch) store_global(p.starts, place, before + sum - own);
       all += shfl(of_warps, warps - 1);
       bar_sync(0, threads);
     }
     if (thread == 0) store_global(p.starts, m.batch, all);
     bar_sync(0, threads);
-
-    // Whole requests, each to the equal stretch that its middle lies in.
-    for (int request = thread; request <= m.batch; request += threads) {
-      int start = load_global<int32_t>(m.starts, request);
-      int last = request < m.batch ? stretch_of(m, request, all) : m.stretches;
-      for (int i = request > 0 ? stretch_of(m, request - 1, all) + 1 : 0; i <= last; ++i)
-        store_global(p.cuts, i, start);
-    }
-    bar_sync(0, threads);
-
-    int share = static_cast<int>(ceil_div(all, m.stretches));
-    bool is_long = false;
-    for (int i = thread; i < m.stretches; i += threads)
-      is_long |= load_global<int32_t>(m.cuts, i + 1) - load_global<int32_t>(m.cuts, i) > share + share / 16;
-    uint32_t long_lanes = ballot(is_long);
-    if (lane == 0) store(s.of_warp[warp], static_cast<int32_t>(long_lanes));
-    bar_sync(0, threads);
-    bool is_cut = ballot(load(s.of_warp[lane]) != 0) != 0;
-    for (int i = thread; is_cut && i <= m.stretches; i += threads)
-      store_global(p.cuts, i, int64_t(i) * share < all ? i * share : all);
-    if (thread == 0) store_global(p.cuts, m.stretches + 1, static_cast<int32_t>(is_cut));
+    return all;
   }
 
   // Of the lanes up to this one.
@@ -182,9 +196,52 @@ struct MlaSchedule {
     return x;
   }
 
-  DEVICE static int stretch_of(const MlaSizes& m, int request, int all) {
-    int64_t twice = int64_t(load_global<int32_t>(m.starts, request)) + load_global<int32_t>(m.starts, request + 1);
+  DEVICE static int stretch_of(const MlaSizes& m, int place, int all) {
+    int64_t twice = int64_t(load_global<int32_t>(m.starts, place)) + load_global<int32_t>(m.starts, place + 1);
     return static_cast<int>(twice * m.stretches / (2 * int64_t(all)));
+  }
+
+  // Whether equal stretches are shorter by more than it costs to write, read and merge what they share: about as much
+  // as a block of keys for every 16 of them.
+  DEVICE static bool is_any_long(const MlaSizes& m, Smem& s, int all) {
+    bar_sync(0, threads);
+    int thread = thread_index(), share = static_cast<int>(ceil_div(all, m.stretches));
+    int shared = (m.batch < m.stretches ? m.batch : m.stretches) * m.together;
+    bool is_long = false;
+    for (int i = thread; i < m.stretches; i += threads)
+      is_long |=
+          load_global<int32_t>(m.cuts, i + 1) - load_global<int32_t>(m.cuts, i) > share + share / 16 + shared / 16;
+    uint32_t long_lanes = ballot(is_long);
+    if (lane_index() == 0) store(s.of_warp[thread / warp_size], static_cast<int32_t>(long_lanes));
+    bar_sync(0, threads);
+    bool any = ballot(load(s.of_warp[lane_index()]) != 0) != 0;
+    bar_sync(0, threads);
+    return any;
+  }
+
+  // Fills `order` for stretches of requests from the longest to the shortest, dealt back and forth.
+  DEVICE static void sort(const Params& p, Smem& s) {
+    const MlaSizes& m = p.sizes;
+    int request = thread_index(), own = request < m.batch ? key_blocks_of(length_of(m, request)) : 0;
+    store(s.blocks[request], own);
+    bar_sync(0, threads);
+    if (request >= m.batch) return;
+    int rank = 0;
+#pragma unroll 8
+    for (int i = 0; i < m.batch; ++i) {
+      int other = load(s.blocks[i]);
+      rank += other > own || (other == own && i < request);
+    }
+    int round = rank / m.stretches, column = rank % m.stretches;
+    int stretch = round % 2 == 0 ? column : m.stretches - 1 - column;
+    store_global(p.order, first_place(m, stretch) + round, request);
+  }
+
+  // Of a stretch, if requests were dealt: some have one more than the others, the first or the last ones.
+  DEVICE static int first_place(const MlaSizes& m, int stretch) {
+    int rounds = m.batch / m.stretches, rest = m.batch % m.stretches, others = m.stretches - rest;
+    int fuller = rounds % 2 == 0 ? (stretch < rest ? stretch : rest) : (stretch > others ? stretch - others : 0);
+    return stretch * rounds + fuller;
   }
 };
 
