@@ -37,8 +37,9 @@ struct MlaDecode {
 
 constexpr int64_t mla_schedule(int64_t batch) { return batch + batch + 1 + most_mla_parts + 2; }
 
-// Partial results that there may be.
+// Partial results that there may be; one at least, for a buffer.
 constexpr int64_t mla_slots(int64_t batch, int64_t rows, int64_t num_splits) {
+  if (num_splits == 1) return 1;
   int64_t groups = (rows + mla_rows - 1) / mla_rows;
   if (num_splits > 0) return batch * num_splits * groups;
   return batch * groups + (groups > most_mla_parts ? groups : most_mla_parts);
