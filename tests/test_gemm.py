@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -694,6 +695,18 @@ def test_every_simd_level(level):
 
 def test_bits_do_not_depend_on_the_number_of_threads():
     assert digest_in_a_process(ONE_CPU="1") == digest()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads have no affinity here")
+def test_threads_may_run_where_they_might_before():
+    """Those of XLA's pool leave their caller's core, and stay free to come back."""
+    tasks = pathlib.Path("/proc/self/task")
+    before = {task.name: os.sched_getaffinity(int(task.name)) for task in tasks.iterdir()}
+    product = jax.jit(gemm)
+    for _ in range(200):
+        product(normal(1, 512), normal(512, 512)).block_until_ready()
+    time.sleep(0.1)  # for a helper that came late
+    assert all(os.sched_getaffinity(int(task)) == cores for task, cores in before.items() if (tasks / task).exists())
 
 
 # ---- errors ----
