@@ -290,7 +290,7 @@ def _hopper_workspaces(q, *_, num_splits, **__):
     groups = -(-(s * h) // 64)
     parts = 160  # most_mla_parts
     slots = 1 if num_splits == 1 else b * groups * num_splits if num_splits else b * groups + max(groups, parts)
-    return [((b + b + 1 + parts + 2,), jnp.int32), ((slots, 64, 512), jnp.float32), ((slots, 64), jnp.float32)]
+    return [((2 * b + 1 + parts + 2,), jnp.int32), ((slots, 64, 512), jnp.float32), ((slots, 64), jnp.float32)]
 
 
 MLA_DECODE = _ffi.Op(

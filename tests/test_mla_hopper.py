@@ -208,19 +208,23 @@ def test_a_block_takes_many_pieces(heads, lengths, dtype, simulator):
         np.testing.assert_array_equal(one[1][0], lse[i])
 
 
-@pytest.mark.skipif(HOPPER_IMPLEMENTATION != "sim", reason="a GPU has the multiprocessors that it has")
 @pytest.mark.parametrize("heads", [3, 70])
 def test_requests_are_dealt_so_that_none_is_cut(heads, simulator):
-    """Long and short ones that fill equal stretches in some order, not in the one in which they come."""
+    """Long and short ones that fill equal stretches in some order, not in the one in which they come. A GPU of other
+    size than an H100 may cut them, and must only be right."""
     simulator.configure(multiprocessors=6)
     stretches = (6 if HOPPER_IMPLEMENTATION == "sim" else 132) // -(-heads // 64)
     long = 4 + np.arange(stretches) % 3
     blocks = np.random.default_rng(0).permutation(np.concatenate([long, 7 - long]))
     arrays = operands(1, heads, 64, [int(n) for n in blocks * 64 - 5])
-    for dealt, whole in zip(decode(arrays), decode(arrays, num_splits=1), strict=True):
-        np.testing.assert_array_equal(dealt, whole)
+    got = decode(arrays)
+    check(arrays, got, True)
+    if HOPPER_IMPLEMENTATION == "sim":
+        for dealt, whole in zip(got, decode(arrays, num_splits=1), strict=True):
+            np.testing.assert_array_equal(dealt, whole)
 
 
+@pytest.mark.skipif(HOPPER_IMPLEMENTATION != "sim", reason="a GPU has the multiprocessors that it has")
 @pytest.mark.parametrize("dtype", [BF16, FP8])
 @pytest.mark.parametrize("multiprocessors", [1, 3, 132])
 def test_work_is_shared_by_any_number_of_multiprocessors(multiprocessors, dtype, simulator):

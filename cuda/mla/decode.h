@@ -605,11 +605,11 @@ struct MlaMergeKernel {
     griddepcontrol_wait();
     const MlaSizes& m = p.sizes;
     if (m.splits == 0 && load_global<int32_t>(m.cuts, m.stretches + 1) == 0) return;  // nothing is shared
-    int share = m.splits == 0 ? load_global<int32_t>(m.cuts, 1) : 0;  // of each stretch, if any request is cut
+    int share = m.splits == 0 ? load_global<int32_t>(m.cuts, 1) : 0;                  // of each stretch
     int column = thread_index() * 4;
     for (int i = block_index(); i < m.batch * m.rows; i += grid_size()) {
       int place = i / m.rows, row = i % m.rows, group = row / mla_rows;
-      int request = place, run = request * m.splits, count = m.splits;
+      int request = place, run = place * m.splits, count = m.splits;
       if (m.splits == 0) {
         int first = load_global<int32_t>(m.starts, place) / share;
         run = place + first;

@@ -35,7 +35,7 @@ struct MlaDecode {
   int64_t pages, page, table_pages;
 };
 
-constexpr int64_t mla_schedule(int64_t batch) { return batch + batch + 1 + most_mla_parts + 2; }
+constexpr int64_t mla_schedule(int64_t batch) { return 2 * batch + 1 + most_mla_parts + 2; }
 
 // Partial results that there may be; one at least, for a buffer.
 constexpr int64_t mla_slots(int64_t batch, int64_t rows, int64_t num_splits) {

@@ -21,7 +21,7 @@ struct MlaSizes {
   Global<const int32_t> order;   // [batch]: the requests as they lie on the line
   Global<const int32_t> starts;  // [batch + 1]: the blocks of keys of all requests before on it
   Global<const int32_t> cuts;    // [stretches + 2]: where each stretch begins, where the last ends, and 1 if any
-                                 // request is cut
+                                 // request is cut: then all stretches but the last are equal
   int batch, rows, row_groups;   // rows of a request, and how many 64s they are
   int splits;                    // num_splits
   int together, stretches;       // blocks that take the same stretch, each every so many-th group of rows
@@ -132,7 +132,8 @@ struct MlaSchedule {
     Global<int32_t> order, starts, cuts;
   };
   struct Smem {
-    Shared<int32_t> of_warp[warps], blocks[threads];
+    Shared<int32_t> of_warp[warps];
+    Shared<int32_t> blocks[threads];  // of keys, of each request
   };
 
   DEVICE static void run(const Params& p, Smem& s) {
@@ -201,8 +202,9 @@ struct MlaSchedule {
     return static_cast<int>(twice * m.stretches / (2 * int64_t(all)));
   }
 
-  // Whether equal stretches are shorter by more than it costs to write, read and merge what they share: about as much
-  // as a block of keys for every 16 of them.
+  // Whether a stretch is longer than an equal one by more than it costs to write, read and merge partial results: about
+  // as much as a block of keys for every 16 blocks of threads that would share a request; and a sixteenth is not worth
+  // it.
   DEVICE static bool is_any_long(const MlaSizes& m, Smem& s, int all) {
     bar_sync(0, threads);
     int thread = thread_index(), share = static_cast<int>(ceil_div(all, m.stretches));
