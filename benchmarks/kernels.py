@@ -410,16 +410,19 @@ def simulate(seeds: int = 8) -> tuple[dict[str, Row], str]:
         weights, none = normal(tokens, top_k), jnp.zeros((0, 0))
         for x in (normal(tokens, width), normal(tokens, width).astype(jnp.bfloat16)):
             y = normal(rows, width).astype(x.dtype)
-            check(op(moe.GATHER_ROWS, x, source, none, top_k=top_k, weighted=False), rtol=0)
-            check(op(moe.GATHER_ROWS, x, source, weights, top_k=top_k, weighted=True), rtol=0)
-            check(op(moe.GATHER_QUANTIZE_ROWS, x, source, slots, top_k=top_k, scale_format="float32"), rtol=0)
+            check(op(moe.GATHER_ROWS, x, source, none, top_k=top_k, weighted=False, zero_gaps=True), rtol=0)
+            check(op(moe.GATHER_ROWS, x, source, weights, top_k=top_k, weighted=True, zero_gaps=True), rtol=0)
+            check(
+                op(moe.GATHER_QUANTIZE_ROWS, x, source, slots, top_k=top_k, zero_gaps=True, scale_format="float32"),
+                rtol=0,
+            )
             for to in (jnp.float32, jnp.bfloat16):
                 bias = normal(tokens, width).astype(to)
                 add = op(moe.SUM_ROWS, y, slots, keys, weights, bias, num_keys=experts, out_dtype=bias.dtype.name)
                 check(add, rtol=0)
                 check(op(moe.DOT_ROWS, y, slots, bias), rtol=1e-5, atol=1e-3)
         bytes_ = random.integers(0, 256, (tokens, width)).astype(np.uint8)
-        check(op(moe.GATHER_ROWS, bytes_, source, none, top_k=top_k, weighted=False), rtol=0)
+        check(op(moe.GATHER_ROWS, bytes_, source, none, top_k=top_k, weighted=False, zero_gaps=True), rtol=0)
     _ffi.SIM.configure()
     return simulator_rows(json.loads(_ffi.SIM.statistics())), ""
 

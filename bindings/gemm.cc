@@ -103,7 +103,7 @@ ffi::Error gemm(ffi::ThreadPool pool, Buffer a, Buffer a_scales, Buffer b, Buffe
 
 ffi::Error grouped_gemm(ffi::ThreadPool pool, Buffer a, Buffer a_scales, Buffer b, Buffer b_scales, Buffer group_sizes,
                         Result out, Block a_block, Block b_block, int64_t transpose_b, int64_t group_alignment,
-                        int64_t group_stride, std::string_view) {
+                        int64_t group_stride, int64_t zero_gaps, std::string_view) {
   Check check("grouped_gemm");
   cpu::Operand a_operand = operand(check, "a", a, a_scales, a_block, false);
   cpu::Operand b_operand = operand(check, "b", b, b_scales, b_block, transpose_b);
@@ -123,6 +123,7 @@ ffi::Error grouped_gemm(ffi::ThreadPool pool, Buffer a, Buffer a_scales, Buffer 
                      .b_group_stride = n * k,
                      .b_scale_group_stride = b_operand.scales ? scales_in(b_scales) : 0,
                      .groups = rows_of,
+                     .zero_gaps = zero_gaps != 0,
                      .out = out->untyped_data(),
                      .out_type = dtype_of(out->element_type()),
                      .m = m,
@@ -180,13 +181,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(gemm_v1, gemm,
                                   .Attr<int64_t>("accumulate")
                                   .Attr<std::string_view>("out_dtype"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_gemm_v1, grouped_gemm,
+XLA_FFI_DEFINE_HANDLER_SYMBOL(grouped_gemm_v2, grouped_gemm,
                               signature(Operands<5>{}, Results<1>{})
                                   .Attr<Block>("a_block")
                                   .Attr<Block>("b_block")
                                   .Attr<int64_t>("transpose_b")
                                   .Attr<int64_t>("group_alignment")
                                   .Attr<int64_t>("group_stride")
+                                  .Attr<int64_t>("zero_gaps")
                                   .Attr<std::string_view>("out_dtype"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(k_grouped_gemm_v1, k_grouped_gemm,

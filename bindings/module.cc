@@ -11,16 +11,16 @@ namespace nb = nanobind;
 #define JAXKERN_HANDLERS(HANDLER)   \
   HANDLER(quantize, 1)              \
   HANDLER(quantize_along_tokens, 1) \
-  HANDLER(swiglu_quantize, 1)       \
+  HANDLER(swiglu_quantize, 2)       \
   HANDLER(dequantize, 1)            \
   HANDLER(route, 1)                 \
   HANDLER(assign_slots, 1)          \
-  HANDLER(gather_rows, 1)           \
-  HANDLER(gather_quantize_rows, 1)  \
+  HANDLER(gather_rows, 2)           \
+  HANDLER(gather_quantize_rows, 2)  \
   HANDLER(sum_rows, 2)              \
   HANDLER(dot_rows, 1)              \
   HANDLER(gemm, 1)                  \
-  HANDLER(grouped_gemm, 1)          \
+  HANDLER(grouped_gemm, 2)          \
   HANDLER(k_grouped_gemm, 1)        \
   HANDLER(mla_decode, 1)            \
   HANDLER(mla_prefill, 1)           \

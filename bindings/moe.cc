@@ -52,7 +52,7 @@ ffi::Error assign_slots(ffi::ThreadPool pool, Buffer ids, Result slots, Result s
 }
 
 ffi::Error gather_rows(ffi::ThreadPool pool, Buffer x, Buffer source, Buffer weights, Result out, int64_t top_k,
-                       int64_t weighted) {
+                       int64_t weighted, int64_t zero_gaps) {
   Check check("gather_rows");
   GatherSizes s = check_gather_rows(check, x, source, weights, *out, top_k, weighted);
   if (check.failed()) return check.error();
@@ -62,6 +62,7 @@ ffi::Error gather_rows(ffi::ThreadPool pool, Buffer x, Buffer source, Buffer wei
                     .weights = weighted ? data<const float>(weights) : nullptr,
                     .out = out->untyped_data(),
                     .type = dtype_of(x.element_type()),
+                    .zero_gaps = zero_gaps != 0,
                     .element_size = static_cast<int64_t>(ffi::ByteWidth(x.element_type())),
                     .tokens = s.tokens,
                     .top_k = s.top_k,
@@ -72,7 +73,7 @@ ffi::Error gather_rows(ffi::ThreadPool pool, Buffer x, Buffer source, Buffer wei
 }
 
 ffi::Error gather_quantize_rows(ffi::ThreadPool pool, Buffer x, Buffer source, Buffer slots, Result values,
-                                Result scales, int64_t top_k, std::string_view scale_format) {
+                                Result scales, int64_t top_k, int64_t zero_gaps, std::string_view scale_format) {
   Check check("gather_quantize_rows");
   GatherSizes s = check_gather_quantize_rows(check, x, source, slots, *values, *scales, top_k, scale_format);
   if (check.failed()) return check.error();
@@ -85,6 +86,7 @@ ffi::Error gather_quantize_rows(ffi::ThreadPool pool, Buffer x, Buffer source, B
                              .scales = scales->untyped_data(),
                              .scale_type = dtype_of(scales->element_type()),
                              .power_of_two = scale_format != "float32",
+                             .zero_gaps = zero_gaps != 0,
                              .tokens = s.tokens,
                              .top_k = s.top_k,
                              .hidden = s.hidden,
@@ -150,12 +152,15 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(assign_slots_v1, assign_slots,
                                   .Attr<int64_t>("slabs")
                                   .Attr<int64_t>("alignment"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(gather_rows_v1, gather_rows,
-                              signature(Operands<3>{}, Results<1>{}).Attr<int64_t>("top_k").Attr<int64_t>("weighted"));
-
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    gather_quantize_rows_v1, gather_quantize_rows,
-    signature(Operands<3>{}, Results<2>{}).Attr<int64_t>("top_k").Attr<std::string_view>("scale_format"));
+    gather_rows_v2, gather_rows,
+    signature(Operands<3>{}, Results<1>{}).Attr<int64_t>("top_k").Attr<int64_t>("weighted").Attr<int64_t>("zero_gaps"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(gather_quantize_rows_v2, gather_quantize_rows,
+                              signature(Operands<3>{}, Results<2>{})
+                                  .Attr<int64_t>("top_k")
+                                  .Attr<int64_t>("zero_gaps")
+                                  .Attr<std::string_view>("scale_format"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     sum_rows_v2, sum_rows,

@@ -73,8 +73,9 @@ ffi::Error quantize_along_tokens(ffi::ThreadPool pool, Buffer x, Buffer group_si
   return ffi::Error::Success();
 }
 
-ffi::Error swiglu_quantize(ffi::ThreadPool pool, Buffer gate, Buffer up, Buffer weights, Result values, Result scales,
-                           int64_t paired, int64_t weighted, std::string_view scale_format) {
+ffi::Error swiglu_quantize(ffi::ThreadPool pool, Buffer gate, Buffer up, Buffer weights, Buffer num_rows, Result values,
+                           Result scales, int64_t paired, int64_t weighted, int64_t counted,
+                           std::string_view scale_format) {
   Check check("swiglu_quantize");
   check.rank("gate", gate, 3);
   if (check.failed()) return check.error();
@@ -90,6 +91,10 @@ ffi::Error swiglu_quantize(ffi::ThreadPool pool, Buffer gate, Buffer up, Buffer 
     check.shape("weights", weights, {batch, m});
     check.dtype("weights", weights, {F32});
   }
+  if (counted) {
+    check.shape("num_rows", num_rows, {batch, 1});
+    check.dtype("num_rows", num_rows, {S32});
+  }
   check.shape("values", *values, {batch, m, width});
   check.dtype("values", *values, {F8E4M3FN});
   check.shape("scales", *scales, {batch, m, blocks_of(width, 128)});
@@ -103,11 +108,13 @@ ffi::Error swiglu_quantize(ffi::ThreadPool pool, Buffer gate, Buffer up, Buffer 
                         .stride = stride,
                         .type = type,
                         .weights = weighted ? weights.typed_data<float>() : nullptr,
+                        .num_rows = counted ? num_rows.typed_data<int32_t>() : nullptr,
                         .values = static_cast<uint8_t*>(values->untyped_data()),
                         .scales = scales->untyped_data(),
                         .scale_type = dtype_of(scales->element_type()),
                         .power_of_two = scale_format != "float32",
-                        .rows = batch * m,
+                        .batch = batch,
+                        .m = m,
                         .width = width},
                        threads_of(pool));
   return ffi::Error::Success();
@@ -153,10 +160,11 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     quantize_along_tokens_v1, quantize_along_tokens,
     signature(Operands<2>{}, Results<2>{}).Attr<int64_t>("group_alignment").Attr<std::string_view>("scale_format"));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(swiglu_quantize_v1, swiglu_quantize,
-                              signature(Operands<3>{}, Results<2>{})
+XLA_FFI_DEFINE_HANDLER_SYMBOL(swiglu_quantize_v2, swiglu_quantize,
+                              signature(Operands<4>{}, Results<2>{})
                                   .Attr<int64_t>("paired")
                                   .Attr<int64_t>("weighted")
+                                  .Attr<int64_t>("counted")
                                   .Attr<std::string_view>("scale_format"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dequantize_v1, dequantize,

@@ -523,7 +523,7 @@ void grouped_gemm(const GroupedGemmParams& p, const Threads& threads) {
   int64_t row_bytes = p.n * size_of(p.out_type);
   char* out = static_cast<char*>(p.out);
   for_each_group(p.groups, p.m, [&](int64_t group, int64_t begin, int64_t end, int64_t next) {
-    threads.for_each_chunk(next - end, row_bytes, [&](int64_t first, int64_t last) {
+    threads.for_each_chunk(p.zero_gaps ? next - end : 0, row_bytes, [&](int64_t first, int64_t last) {
       std::memset(out + (end + first) * row_bytes, 0, (last - first) * row_bytes);
     });
     if (end == begin) return;

@@ -38,11 +38,12 @@ struct Groups {
   int64_t count, alignment, stride;
 };
 
-// The rows of group i of a, times b[i]^T. Rows in no group become zero.
+// The rows of group i of a, times b[i]^T. Rows in no group become zero, or are left alone.
 struct GroupedGemmParams {
   Operand a, b;
   int64_t b_group_stride, b_scale_group_stride;
   Groups groups;
+  bool zero_gaps;
   void* out;  // [m, n]
   DType out_type;
   int64_t m, n, k;

@@ -97,7 +97,8 @@ void gather_by_token(const GatherRowsParams& p, const Threads& threads) {
     }
     end_of_stream();
   });
-  threads.for_each_chunk(p.rows - first[p.tokens], row_bytes, [&](int64_t begin, int64_t end) {
+  int64_t gaps = p.zero_gaps ? p.rows - first[p.tokens] : 0;
+  threads.for_each_chunk(gaps, row_bytes, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) std::memset(row_at(first[p.tokens] + i), 0, row_bytes);
   });
 }
@@ -271,7 +272,7 @@ void gather_rows(const GatherRowsParams& p, const Threads& threads) {
       char* out = static_cast<char*>(p.out) + row * row_bytes;
       int32_t source = p.source[row];
       if (!is_assignment(source, p.tokens * p.top_k)) {
-        std::memset(out, 0, row_bytes);
+        if (p.zero_gaps) std::memset(out, 0, row_bytes);
       } else if (!p.weights) {
         std::memcpy(out, static_cast<const char*>(p.x) + source / p.top_k * row_bytes, row_bytes);
       } else {
@@ -305,6 +306,7 @@ void gather_quantize_rows(const GatherQuantizeRowsParams& p, const Threads& thre
       for (int64_t row = begin; row < end; ++row) {
         int32_t source = p.source[row];
         if (!is_assignment(source, p.tokens * p.top_k)) {
+          if (!p.zero_gaps) continue;
           std::memset(p.values + row * p.hidden, 0, p.hidden);
           std::memset(scales + row * scale_bytes, 0, scale_bytes);
         } else if (p.slots[source] != row) {

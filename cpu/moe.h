@@ -29,7 +29,8 @@ struct AssignSlotsParams {
   bool slabs;
 };
 
-// out[i] = x[source[i] / top_k], times weights[source[i]] if there are any; zero where source is no assignment.
+// out[i] = x[source[i] / top_k], times weights[source[i]] if there are any; where source is no assignment zero, or left
+// alone.
 // With weights x is f32 or bf16; without it is any type of element_size bytes, which zero bits are the zero of.
 struct GatherRowsParams {
   const void* x;
@@ -37,12 +38,13 @@ struct GatherRowsParams {
   const float* weights;  // null: copy
   void* out;
   DType type;
+  bool zero_gaps;
   int64_t element_size, tokens, top_k, hidden, rows;
 };
 
-// values and scales of the same rows, quantised in blocks of 1 x 128; zero bytes where there is no row. `slots` tells
-// where each assignment's row is, so that a token is quantised once; rows that it does not tell of, or tells wrong, are
-// quantised by themselves.
+// values and scales of the same rows, quantised in blocks of 1 x 128; where there is no row zero bytes, or left alone.
+// `slots` tells where each assignment's row is, so that a token is quantised once; rows that it does not tell of, or
+// tells wrong, are quantised by themselves.
 struct GatherQuantizeRowsParams {
   const void* x;
   DType x_type;           // f32, bf16
@@ -51,7 +53,7 @@ struct GatherQuantizeRowsParams {
   uint8_t* values;
   void* scales;
   DType scale_type;
-  bool power_of_two;
+  bool power_of_two, zero_gaps;
   int64_t tokens, top_k, hidden, rows;
 };
 

@@ -180,10 +180,12 @@ void quantize_along_tokens(const QuantizeAlongTokensParams& p, const Threads& th
 }
 
 void swiglu_quantize(const SwigluQuantizeParams& p, const Threads& threads) {
-  prefer_large_pages(p.values, p.rows * p.width);
+  int64_t rows = p.batch * p.m;
+  prefer_large_pages(p.values, rows * p.width);
   with_float_type(p.type, [&](auto type) {
-    threads.for_each_chunk(p.width == 0 ? 0 : p.rows, p.width * 8, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) swiglu_quantize_row<decltype(type)>(p, row);
+    threads.for_each_chunk(p.width == 0 ? 0 : rows, p.width * 8, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row)
+        if (!p.num_rows || row % p.m < p.num_rows[row / p.m]) swiglu_quantize_row<decltype(type)>(p, row);
     });
   });
 }

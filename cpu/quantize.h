@@ -42,17 +42,19 @@ struct QuantizeAlongTokensParams {
   int64_t t, m, tokens;
 };
 
-// silu(gate) * up * weight of the row -> values [rows, width], scales [rows, ceil(width / 128)].
+// silu(gate) * up * weight of the row -> values [batch, m, width], scales [batch, m, ceil(width / 128)]. Rows that do
+// not count are left alone.
 struct SwigluQuantizeParams {
   const void *gate, *up;  // rows `stride` elements apart
   int64_t stride;
-  DType type;            // f32, bf16, f16
-  const float* weights;  // [rows], or null
+  DType type;               // f32, bf16, f16
+  const float* weights;     // [batch, m], or null
+  const int32_t* num_rows;  // [batch], how many count of each m; or null: all
   uint8_t* values;
   void* scales;
   DType scale_type;
   bool power_of_two;
-  int64_t rows, width;
+  int64_t batch, m, width;
 };
 
 JAXKERN_KERNEL(quantize, QuantizeParams)

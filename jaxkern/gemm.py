@@ -56,6 +56,7 @@ def grouped_gemm(
     group_sizes: jax.Array,
     *,
     group_alignment: int = 1,
+    zero_gaps: bool = True,
     out_dtype=None,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -63,7 +64,8 @@ def grouped_gemm(
 
     Shapes and dtypes: a [m, k], b [g, n, k], group_sizes int32 [g] -> [m, n]; dtypes as in `gemm`.
     Units: group i starts where group i - 1 ends, rounded up to a multiple of group_alignment. Rows in no group come out
-        zero whatever a holds there. Sizes that are negative or go past m are cut. Time follows the sum of the sizes.
+        zero whatever a holds there; without zero_gaps nobody writes them, and they hold anything. Sizes that are
+        negative or go past m are cut. Time follows the sum of the sizes, but for the zeros.
     Sharding: shard_map, along n, along k as in `gemm`, or with the groups' rows.
     Gradient: of a and b, as in `gemm`.
     Implementations: cpu, xla; cuda and sim as in `gemm` and for bfloat16 a and b, for at most 1024 groups and 2^26 - 1
@@ -79,7 +81,13 @@ def grouped_gemm(
     sizes.require_size("group_alignment", group_alignment)
     arrays = [a[0][None], a[1][None], b[0], b[1], group_sizes]
     static = _Static(
-        "grouped_gemm", a[2], b[2], out_dtype.name, group_alignment=group_alignment, implementation=implementation
+        "grouped_gemm",
+        a[2],
+        b[2],
+        out_dtype.name,
+        group_alignment=group_alignment,
+        zero_gaps=zero_gaps,
+        implementation=implementation,
     )
     return _grouped_gemm(static, *_ffi.align(*arrays))
 
@@ -89,14 +97,15 @@ def masked_grouped_gemm(
     b: jax.Array | ScaledArray,
     group_sizes: jax.Array,
     *,
+    zero_gaps: bool = True,
     out_dtype=None,
     implementation: str | None = None,
 ) -> jax.Array:
     """The first group_sizes[i] rows of a[i], times b[i]^T: groups of a fixed capacity, filled in part.
 
     Shapes and dtypes: a [g, m, k], b [g, n, k], group_sizes int32 [g] -> [g, m, n]; dtypes as in `gemm`.
-    Units: the other rows come out zero whatever a holds there. Sizes below 0 count as 0, sizes above m as m. Time
-        follows the sum of the sizes, but for the zeros that are written.
+    Units: the other rows come out zero whatever a holds there; without zero_gaps nobody writes them, and they hold
+        anything. Sizes below 0 count as 0, sizes above m as m. Time follows the sum of the sizes, but for the zeros.
     Sharding: shard_map, along g, along n, or along k as in `gemm`.
     Gradient: of a and b, as in `grouped_gemm`; rows that do not count get zeros.
     Implementations: as `grouped_gemm`.
@@ -115,7 +124,13 @@ def masked_grouped_gemm(
 
     arrays = [rows(a), a_scales if a_block == UNSCALED else rows(a_scales), b[0], b[1], group_sizes]
     static = _Static(
-        "masked_grouped_gemm", a_block, b[2], out_dtype.name, group_stride=capacity, implementation=implementation
+        "masked_grouped_gemm",
+        a_block,
+        b[2],
+        out_dtype.name,
+        group_stride=capacity,
+        zero_gaps=zero_gaps,
+        implementation=implementation,
     )
     return _grouped_gemm(static, *_ffi.align(*arrays)).reshape(groups, capacity, n)
 
@@ -188,6 +203,7 @@ class _Static:
     accumulate: bool = False
     group_alignment: int = 1
     group_stride: int = 0
+    zero_gaps: bool = True
     implementation: str | None = None
 
 
@@ -414,6 +430,7 @@ def _call_grouped_gemm(static, a, a_scales, b, b_scales, group_sizes, *, transpo
         transpose_b=transpose_b,
         group_alignment=static.group_alignment,
         group_stride=static.group_stride,
+        zero_gaps=static.zero_gaps,
         out_dtype=static.out_dtype,
     )
     return out
@@ -468,11 +485,13 @@ GROUPED_GEMM = _ffi.Op(
     "grouped_gemm",
     _grouped_gemm_results,
     reference.grouped_gemm,
+    cpu=2,
     hopper=_ffi.Kernel(
         layouts=_hopper_layouts,
-        attributes=("b_block", "group_alignment", "group_stride"),
+        attributes=("b_block", "group_alignment", "group_stride", "zero_gaps"),
         operands=_hopper_operands,
         refuses=_hopper_refuses_grouped,
+        version=2,
     ),
 )
 

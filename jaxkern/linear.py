@@ -168,7 +168,7 @@ def _product(static, a: ScaledArray, b: ScaledArray, group_sizes, out_dtype, *, 
     params = {"a_block": a.block_shape, "b_block": b.block_shape, "transpose_b": transpose_b, "out_dtype": out_dtype}
     operands = [a.values[None], a.scales[None], b.values, b.scales]
     if static.grouped:
-        params |= {"group_alignment": static.group_alignment, "group_stride": 0}
+        params |= {"group_alignment": static.group_alignment, "group_stride": 0, "zero_gaps": True}
         return _ffi.call(GROUPED_GEMM, *operands, group_sizes, implementation=static.implementation, **params)[0]
     params |= {"transpose_a": False, "accumulate": False}
     absent = jnp.zeros((0, 0, 0), jnp.float32)

@@ -171,6 +171,7 @@ def dispatch(
     capacity: int | None = None,
     wire_capacity: int | tuple[int | None, ...] | None = None,
     expert_alignment: int = 1,
+    zero_gaps: bool = True,
     quantize: Literal["fp8"] | None = None,
     scale_format: ScaleFormat = "float32",
     transport: str | tuple[str | None, ...] | None = None,
@@ -187,7 +188,8 @@ def dispatch(
         "masked": [local experts, capacity, h], ready for `masked_grouped_gemm`: the rows of each expert come first.
         "rank": [ranks * wire_capacity, h], a token once, however many of its experts live here: handle.expert_ids and
         handle.weights say which. The rows from each rank of the (last) axis come first in its share, in token order.
-        Rows that hold no token are zero bytes.
+        Rows that hold no token are zero bytes; without zero_gaps nobody writes them, and they hold anything, which has
+        no effect on the grouped products and `combine`.
     Units: capacity and wire_capacity, the rows that one rank sends to another (one number, or one for each level), are
         by default the exact worst case for tokens whose experts are distinct. What does not fit is dropped and counted
         in handle.dropped, by expert; nothing is ever written elsewhere. What comes first in the order above fits first.
@@ -287,7 +289,7 @@ def dispatch(
         num_experts,
         implementation,
     )
-    return _deliver(x, handle, scale_format if quantize else None, False), handle
+    return _deliver(x, handle, scale_format if quantize else None, False, zero_gaps), handle
 
 
 def combine(
@@ -346,6 +348,7 @@ def replay(
     handle: Handle,
     *,
     weighted: bool = False,
+    zero_gaps: bool = True,
     quantize: Literal["fp8"] | None = None,
     scale_format: ScaleFormat = "float32",
 ) -> jax.Array | ScaledArray:
@@ -364,7 +367,7 @@ def replay(
     _check_names(sizes, handle.layout, quantize, scale_format)
     plain = handle.layout != "rank" and quantize is None and len(x) == 1
     sizes.require(plain or not weighted, "weighted needs rows of experts that are not quantised")
-    return _deliver(x, handle, scale_format if quantize else None, weighted)
+    return _deliver(x, handle, scale_format if quantize else None, weighted, zero_gaps)
 
 
 def _rows(sizes, x):
@@ -469,25 +472,26 @@ def _count_lost(level, expert_ids, bounded, lost, local_experts):
     return _exchange(dataclasses.replace(level, transport="all_to_all"), counts).reshape(-1, local_experts).sum(0)
 
 
-def _forward(level, arrays, implementation, scale_format=None):
+def _forward(level, arrays, implementation, scale_format=None, zero_gaps=True):
     """Rows [t, ...] -> those that arrive at this rank. With a scale_format, one array becomes its values and scales."""
     if level.transport != "gather":
-        return [_exchange(level, a) for a in _take(arrays, level.source, level.slots, implementation, scale_format)]
+        sent = _take(arrays, level.source, level.slots, implementation, scale_format, zero_gaps)
+        return [_exchange(level, a) for a in sent]
     if scale_format:
         x = quantize_rows(arrays[0], scale_format=scale_format, implementation=implementation)
         arrays = [x.values, x.scales]
     arrays = [_as_integers(lambda a: jax.lax.all_gather(a, level.axis_name, tiled=True), a) for a in arrays]
     if level.select is not None:
-        arrays = _take(arrays, level.select, level.select[:, None], implementation)
+        arrays = _take(arrays, level.select, level.select[:, None], implementation, zero_gaps=zero_gaps)
     return arrays
 
 
-def _take(arrays, source, slots, implementation, scale_format=None):
+def _take(arrays, source, slots, implementation, scale_format=None, zero_gaps=True):
     """Rows by `source`: token * k + choice, with slots [t, k]."""
-    call, k = functools.partial(_ffi.call, implementation=implementation), slots.shape[1]
+    call = functools.partial(_ffi.call, implementation=implementation, top_k=slots.shape[1], zero_gaps=zero_gaps)
     if scale_format:
-        return call(GATHER_QUANTIZE_ROWS, arrays[0], source, slots, top_k=k, scale_format=scale_format)
-    return [call(GATHER_ROWS, a, source, _none(source, jnp.float32), top_k=k, weighted=False)[0] for a in arrays]
+        return call(GATHER_QUANTIZE_ROWS, arrays[0], source, slots, scale_format=scale_format)
+    return [call(GATHER_ROWS, a, source, _none(source, jnp.float32), weighted=False)[0] for a in arrays]
 
 
 def _exchange(level, x, back=False):
@@ -532,6 +536,7 @@ class _Static:
     wire_dtype: str
     weighted: bool
     implementation: str | None
+    zero_gaps: bool = True  # in what `dispatch` returns
 
 
 def _index(handle):
@@ -542,18 +547,20 @@ def _index(handle):
     return handle.levels, handle.slots, keys, handle.source
 
 
-def _deliver(x, handle, scale_format, weighted):
+def _deliver(x, handle, scale_format, weighted, zero_gaps):
     implementation = handle.implementation
     index = levels, slots, _, source = _index(handle)
     if len(x) == 1 and not scale_format:
-        static = _Static(_local_experts(handle), x[0].dtype.name, "float32", weighted, implementation)
+        static = _Static(_local_experts(handle), x[0].dtype.name, "float32", weighted, implementation, zero_gaps)
         arrays = [_spread(static, x[0], handle.weights if weighted else None, index)]
     else:
         arrays = x
         for level in levels:
-            arrays = _forward(level, arrays, implementation, scale_format if len(arrays) == 1 else None)
+            quantized = scale_format if len(arrays) == 1 else None
+            arrays = _forward(level, arrays, implementation, quantized, zero_gaps and slots is None)
         if slots is not None:
-            arrays = _take(arrays, source, slots, implementation, scale_format if len(arrays) == 1 else None)
+            quantized = scale_format if len(arrays) == 1 else None
+            arrays = _take(arrays, source, slots, implementation, quantized, zero_gaps)
     if handle.layout == "masked":
         experts = handle.group_sizes.shape[0]
         arrays = [a.reshape(experts, a.shape[0] // experts, a.shape[1]) for a in arrays]
@@ -607,8 +614,10 @@ def _collect(static, y, weights, bias, index):
 
 
 def _arrive(static, x, index):
-    for level in index[0]:
-        (x,) = _forward(level, [x], static.implementation)
+    """What arrives; where it is sorted by expert next, nobody looks at rows that hold no token."""
+    levels, slots, _, _ = index
+    for level in levels:
+        (x,) = _forward(level, [x], static.implementation, zero_gaps=static.zero_gaps and slots is None)
     return x
 
 
@@ -618,7 +627,7 @@ def _spread_rows(static, arrived, weights, index):
         return arrived
     weighted = weights is not None
     weights = weights if weighted else _none(source, jnp.float32)
-    call = functools.partial(_ffi.call, implementation=static.implementation)
+    call = functools.partial(_ffi.call, implementation=static.implementation, zero_gaps=static.zero_gaps)
     return call(GATHER_ROWS, arrived, source, weights, top_k=slots.shape[1], weighted=weighted)[0]
 
 
@@ -753,18 +762,22 @@ ASSIGN_SLOTS = _ffi.Op(
 )
 
 # x [t, h] of any dtype, source int32 [rows], weights float32 [t, k] or [0, 0] -> [rows, h]: row i is
-# x[source[i] // top_k], times its weight if `weighted`; zero where source is no assignment.
+# x[source[i] // top_k], times its weight if `weighted`; where source is no assignment, zero or, without `zero_gaps`,
+# anything.
 GATHER_ROWS = _ffi.Op(
     "gather_rows",
     lambda x, source, weights, **_: [((source.shape[0], x.shape[1]), x.dtype)],
     reference.gather_rows,
     part_of="dispatch, combine",
-    hopper=_ffi.Kernel(layouts=lambda **_: ((None,) * 3, (None,)), attributes=("top_k", "weighted")),
+    cpu=2,
+    hopper=_ffi.Kernel(
+        layouts=lambda **_: ((None,) * 3, (None,)), attributes=("top_k", "weighted", "zero_gaps"), version=2
+    ),
 )
 
 # x [t, h] float32 or bfloat16, source int32 [rows], slots int32 [t, k] -> values float8_e4m3fn [rows, h], scales
-# [rows, ceil(h / 128)]: gather_rows of x, quantised; zero bytes where there is no row. slots, the inverse of source,
-# changes nothing but the speed.
+# [rows, ceil(h / 128)]: gather_rows of x, quantised; where there is no row, zero bytes or, without `zero_gaps`,
+# anything. slots, the inverse of source, changes nothing but the speed.
 GATHER_QUANTIZE_ROWS = _ffi.Op(
     "gather_quantize_rows",
     lambda x, source, slots, *, scale_format, **_: scaled(
@@ -772,9 +785,11 @@ GATHER_QUANTIZE_ROWS = _ffi.Op(
     ),
     reference.gather_quantize_rows,
     part_of="dispatch",
+    cpu=2,
     hopper=_ffi.Kernel(
         layouts=lambda **_: ((None,) * 3, (None, (1, 0))),  # the scales as the grouped product loads them
-        attributes=("top_k", "scale_format"),
+        attributes=("top_k", "zero_gaps", "scale_format"),
+        version=2,
     ),
 )
 

@@ -132,16 +132,21 @@ def swiglu_quantize(
     gate_up: jax.Array | tuple[jax.Array, jax.Array],
     weights: jax.Array | None = None,
     *,
+    num_rows: jax.Array | None = None,
     scale_format: ScaleFormat = "float32",
     implementation: str | None = None,
 ) -> ScaledArray:
     """silu(gate) * up * weights, quantised: what lies between the two products of an expert.
 
     Shapes and dtypes: gate_up float32, bfloat16 or float16 [..., m, 2i], the gate first, or a pair (gate, up) of
-        [..., m, i]; weights float32 [..., m], or None for ones -> ScaledArray [..., m, i] with blocks (1, 128).
+        [..., m, i]; weights float32 [..., m], or None for ones; num_rows int32 [...], or None for m -> ScaledArray
+        [..., m, i] with blocks (1, 128).
     Units: silu(x) = x / (1 + exp(-x)); products in float32, within 1e-6 of the exact one, and one rounding, to e4m3, as
-        in `quantize`: a block in which a product is NaN or infinite becomes NaN.
-    Sharding: shard_map, along m and the axes before it; along i a pair, where that does not cut a block.
+        in `quantize`: a block in which a product is NaN or infinite becomes NaN. Only the first num_rows rows of each
+        matrix count: time follows their number, and what the others come out as is undefined. So are the rows in no
+        group of a grouped product: num_rows is the sum of its group_sizes, or, masked, these themselves.
+    Sharding: shard_map, along m (not with num_rows) and the axes before it; along i a pair, where that does not cut a
+        block.
     Gradient: none.
     Implementations: cpu, xla, cuda, sim.
     Errors: TypeError for another dtype, ValueError for shapes, an odd 2i, or an unknown scale format.
@@ -164,14 +169,18 @@ def swiglu_quantize(
     weighted = weights is not None
     weights = sizes.check("weights", weights, (jnp.float32,), " ".join(names)) if weighted else None
     weights = weights.reshape(rows) if weighted else jnp.zeros((rows[0], 0))
+    counted = num_rows is not None
+    num_rows = sizes.check("num_rows", num_rows, INT32, " ".join(names[:-1])) if counted else jnp.zeros(0, jnp.int32)
     values, scales = _ffi.call(
         SWIGLU_QUANTIZE,
         gate.reshape(*rows, width),
         up,
         weights,
+        num_rows.reshape(rows[0], int(counted)),
         implementation=implementation,
         paired=paired,
         weighted=weighted,
+        counted=counted,
         scale_format=scale_format,
     )
     return ScaledArray(*[x.reshape(*batch, *x.shape[1:]) for x in (values, scales)])
@@ -248,7 +257,7 @@ def scaled(*shape, block_shape, scale_format):
     return [(shape, jnp.float8_e4m3fn), (scales, scale_dtype)]
 
 
-def _swiglu_quantize_results(gate, up, weights, *, paired, scale_format, **_):
+def _swiglu_quantize_results(gate, up, weights, num_rows, *, paired, scale_format, **_):
     b, m, width = gate.shape
     return scaled(b, m, width if paired else width // 2, block_shape=(1, 128), scale_format=scale_format)
 
@@ -291,14 +300,17 @@ QUANTIZE_ALONG_TOKENS = _ffi.Op(
         refuses=lambda x, group_sizes, **_: too_many_groups(group_sizes.shape[0], x.shape[0]),
     ),
 )
-# gate [b, m, i] and up [b, m, i] if `paired`, or [b, m, 2i] and [b, 0, 0]; weights [b, m] if `weighted`, or [b, 0].
+# gate [b, m, i] and up [b, m, i] if `paired`, or [b, m, 2i] and [b, 0, 0]; weights [b, m] if `weighted`, or [b, 0];
+# num_rows [b, 1] if `counted`, or [b, 0].
 SWIGLU_QUANTIZE = _ffi.Op(
     "swiglu_quantize",
     _swiglu_quantize_results,
     reference.swiglu_quantize,
     batch=_fold_batch,
+    cpu=2,
     hopper=_ffi.Kernel(
-        layouts=lambda **_: ((None, None, None), (None, BY_COLUMN)),
-        attributes=("paired", "weighted", "scale_format"),
+        layouts=lambda **_: ((None,) * 4, (None, BY_COLUMN)),
+        attributes=("paired", "weighted", "counted", "scale_format"),
+        version=2,
     ),
 )

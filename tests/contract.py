@@ -191,6 +191,12 @@ def _swiglu_quantize_pair(gate, up, **kwargs):
     return a.values, a.scales
 
 
+def _swiglu_quantize_some(gate_up, num_rows, **kwargs):
+    a = jaxkern.swiglu_quantize(gate_up, num_rows=num_rows, **kwargs)
+    counted = jnp.arange(gate_up.shape[-2]) < num_rows[..., None]
+    return tuple(jnp.where(counted[..., None], x, 0) for x in (a.values, a.scales))
+
+
 def _fp8_linear_frozen(x, w, w_scales, **kwargs):
     return jaxkern.fp8_linear(x, jaxkern.ScaledArray(w, w_scales, (128, 128)), **kwargs)
 
@@ -441,6 +447,18 @@ CASES = [
         mismatch=(("gate_up.up", 0), ("gate_up.up", 1)),
         primitive="jaxkern_swiglu_quantize",
         variant="pair",
+        rtol=0.07,
+    ),
+    Case(
+        "swiglu_quantize",
+        _swiglu_quantize_some,
+        {"gate_up": normal(8, 5, 300), "num_rows": np.arange(-1, 7, dtype=np.int32)},
+        specs=(ROWS, ROWS),
+        out_specs=(ROWS, ROWS),
+        symbolic=("b, 5, 300", "b"),
+        mismatch=(("num_rows", 0),),
+        primitive="jaxkern_swiglu_quantize",
+        variant="some",
         rtol=0.07,
     ),
     Case(

@@ -155,7 +155,7 @@ def test_no_weight_is_dequantised():
         assert sized("f8e4m3fn", shape, text) and not sized("f32|bf16|f16", shape, text), shape
     # Attention: the input of q_a and kv_a, q_b's, kv_b's and o's; an MLP: that of gate and up.
     assert len(re.findall(r'custom_call_target="jaxkern.quantize.v1"', text)) == 2 * 4 + 3
-    assert len(re.findall(r'custom_call_target="jaxkern.swiglu_quantize.v1"', text)) == 3
+    assert len(re.findall(r'custom_call_target="jaxkern.swiglu_quantize.v2"', text)) == 3
 
 
 def test_training_copies_no_weight_in_bfloat16():

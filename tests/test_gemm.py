@@ -500,6 +500,38 @@ def test_time_follows_the_rows_that_count():
     assert seconds(jnp.ones((4, 64 * rows, k))) < 8 * seconds(exactly)
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "xla", HOPPER_IMPLEMENTATION])
+@pytest.mark.parametrize("masked", [False, True])
+def test_gaps_may_be_left_alone(masked, implementation):
+    """The rows of groups and the gradients are the same to the bit; the rows of none may hold anything."""
+    capacity, k, n = 460, 144, 48
+    sizes = np.asarray([3, 0, 450, 70], np.int32)
+    starts = np.arange(4) * capacity if masked else np.asarray([0, 8, 8, 464])
+    mine = np.concatenate([start + np.arange(size) for start, size in zip(starts, sizes, strict=True)])
+    a, b = normal(4 * capacity, k, dtype=jnp.bfloat16), normal(4, n, k, seed=1, dtype=jnp.bfloat16)
+    a, weights = a.at[np.setdiff1d(np.arange(len(a)), mine)].set(jnp.nan), normal(len(mine), n, seed=2)
+
+    def rows(a, b, zero_gaps):
+        options = {"zero_gaps": zero_gaps, "implementation": implementation}
+        if not masked:
+            return grouped_gemm(a, b, sizes, group_alignment=8, **options)[mine]
+        if isinstance(a, ScaledArray):
+            a = ScaledArray(a.values.reshape(4, capacity, k), a.scales.reshape(4, capacity, -1))
+        else:
+            a = a.reshape(4, capacity, k)
+        return masked_grouped_gemm(a, b, sizes, **options).reshape(-1, n)[mine]
+
+    def gradients(zero_gaps):
+        return jax.grad(lambda a, b: (rows(a, b, zero_gaps) * weights).sum(), (0, 1))(a, b)
+
+    scaled = quantize(a), quantize(b, (128, 128))
+    np.testing.assert_array_equal(rows(*scaled, False), rows(*scaled, True))
+    np.testing.assert_array_equal(rows(a, b, False), rows(a, b, True))
+    for got, want in zip(gradients(False), gradients(True), strict=True):
+        np.testing.assert_array_equal(got, want)
+        assert not np.isnan(np.asarray(got, np.float32)).any()
+
+
 def test_one_group_has_everything():
     a, b = normal(600, 96), normal(3, 40, 96, seed=1)
     out = grouped_gemm(a, b, jnp.asarray([0, 600, 0], jnp.int32))

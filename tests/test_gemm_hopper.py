@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ ROWS = [
     ([0, 0], 1, 64),
     ([256], 1, 256),
     ([600, 700], 1, 1300),  # the large tile, of two blocks together
+    ([10, 390, 100, 400], 1, 1100),  # a kernel for each
     ([2**31 - 1, 2**31 - 1, 2**31 - 1], 3, 100),
 ]
 
@@ -127,7 +129,9 @@ def test_gradients_in_bfloat16(masked):
 
 
 @pytest.mark.parametrize(
-    "sizes,capacity", [([70, 3, 0], 70), ([1, 7, 9, -1], 7), ([299, 0, 65], 300), ([16], 200)], ids=str
+    "sizes,capacity",
+    [([70, 3, 0], 70), ([1, 7, 9, -1], 7), ([299, 0, 65], 300), ([16], 200), ([383, 40, 384], 500)],
+    ids=str,
 )
 def test_masked_grouped_gemm(sizes, capacity, simulator):
     """A capacity that is no multiple of a tile: nothing is written beyond a group, or into the next one's slab."""
@@ -141,6 +145,24 @@ def test_masked_grouped_gemm(sizes, capacity, simulator):
     got = simulated(functools.partial(run, implementation=HOPPER_IMPLEMENTATION), simulator)
     check(got, run(implementation="xla"), jnp.bfloat16)
     assert not got.reshape(-1, n)[~mine].any()
+
+
+@pytest.mark.skipif(HOPPER_IMPLEMENTATION != "sim", reason="a GPU does not count")
+def test_gaps_that_are_left_alone_move_nothing(simulator):
+    """By the simulator's count of bytes; with zeros it is the capacity that counts."""
+    groups, rows, n, k = 2, 16, 64, 128
+    b = quantize(normal(groups, n, k, seed=1), (128, 128))
+
+    def moved(capacity, zero_gaps):
+        a = quantize(normal(groups * capacity, k).reshape(groups, capacity, k))
+        sizes = jnp.full(groups, rows, jnp.int32)
+        simulator.clear_statistics()
+        masked_grouped_gemm(a, b, sizes, zero_gaps=zero_gaps, implementation="sim").block_until_ready()
+        return sum(kernel["moved_bytes"] for kernel in json.loads(simulator.statistics())["kernels"].values())
+
+    products = moved(rows, zero_gaps=True)
+    assert moved(60, zero_gaps=False) - products < 512  # as tiles read rows of no group, and scales
+    assert moved(60, zero_gaps=True) - products >= groups * (60 - rows) * n * 2
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

@@ -1,6 +1,7 @@
 """Routing, dispatch and combine: against loops over tokens, closed forms, and themselves on more devices."""
 
 import ctypes
+import functools
 import itertools
 
 import jax
@@ -145,6 +146,63 @@ def test_dispatch_is_a_stable_sort(shape, alignment, capacity, implementation, o
     np.testing.assert_allclose(jaxkern.combine(received, handle), expected, atol=1e-5)
     counts = kept.sum(1, keepdims=True).astype(np.float32)
     np.testing.assert_allclose(jaxkern.combine(received, handle, weighted=False), counts * x, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("layout", ["expert", "masked"])
+@pytest.mark.parametrize("quantize", [None, "fp8"])
+def test_gaps_may_be_left_alone(quantize, layout, implementation):
+    """An expert layer of ops that all leave them alone, or with NaN in them, has the bits of one with zeros."""
+    t, h, i, experts = 40, 128, 64, 6
+    ids, weights = random_routing(t, experts, 2)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((t, h)).astype(jnp.bfloat16)
+    up, down = (rng.standard_normal(s).astype(jnp.bfloat16) for s in ((experts, 2 * i, h), (experts, h, i)))
+
+    def layer(x, weights, zero_gaps, spoil):
+        received, handle = jaxkern.dispatch(
+            x,
+            ids,
+            weights,
+            num_experts=experts,
+            layout=layout,
+            quantize=quantize,
+            zero_gaps=zero_gaps,
+            implementation=implementation,
+        )
+        gap = (handle.source < 0).reshape(received.shape[:-1])[..., None]
+        assert gap.sum() > 0
+        spoiled = functools.partial(jnp.where, gap, jnp.nan) if spoil else lambda rows: rows
+        masked = layout == "masked"
+        product = functools.partial(
+            jaxkern.masked_grouped_gemm if masked else jaxkern.grouped_gemm,
+            group_sizes=handle.group_sizes,
+            zero_gaps=zero_gaps,
+            implementation=implementation,
+        )
+        if quantize is None:
+            y = spoiled(product(spoiled(received), up))
+            y = product(spoiled(jax.nn.silu(y[..., :i]) * y[..., i:]), down)
+        else:
+            received = jaxkern.ScaledArray(spoiled(received.values), spoiled(received.scales))
+            num_rows = handle.group_sizes if masked else handle.group_sizes.sum()
+            gate_up = spoiled(product(received, jaxkern.quantize(up, (128, 128))))
+            y = jaxkern.swiglu_quantize(
+                gate_up, num_rows=None if zero_gaps else num_rows, implementation=implementation
+            )
+            y = product(y, jaxkern.quantize(down, (128, 128)))
+        return jaxkern.combine(spoiled(y), handle, out_dtype=jnp.float32)
+
+    want = layer(x, weights, True, False)
+    for zero_gaps, spoil in ((True, True), (False, False), (False, True)):
+        np.testing.assert_array_equal(layer(x, weights, zero_gaps, spoil), want)
+    if quantize is None:
+        gradients = [
+            jax.grad(lambda *a, how=how: jnp.sin(layer(*a, *how)).sum(), (0, 1))(x, weights)
+            for how in ((True, False), (False, False), (False, True))
+        ]
+        for other in gradients[1:]:
+            jax.tree.map(np.testing.assert_array_equal, other, gradients[0])
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -128,9 +128,13 @@ def test_gather_rows(dtype, hidden, simulator):
     source = integers(-4, 9 * 3 + 4, 40)
     source[:2] = -(2**31), 2**31 - 1
     none = jnp.zeros((0, 0))
-    (got,) = run_in_any_order(simulator, moe.GATHER_ROWS, x, source, none, top_k=3, weighted=False)
     there = (source >= 0) & (source < 27)
-    np.testing.assert_array_equal(bits(got), np.where(there[:, None], bits(x)[np.where(there, source // 3, 0)], 0))
+    rows = bits(x)[np.where(there, source // 3, 0)]
+    options = {"top_k": 3, "weighted": False}
+    (got,) = run_in_any_order(simulator, moe.GATHER_ROWS, x, source, none, zero_gaps=True, **options)
+    np.testing.assert_array_equal(bits(got), np.where(there[:, None], rows, 0))
+    (got,) = run(moe.GATHER_ROWS, x, source, none, zero_gaps=False, **options)
+    np.testing.assert_array_equal(bits(got)[there], rows[there])
 
 
 @pytest.mark.parametrize("hidden", [1, 8, 77, 1032])
@@ -139,7 +143,8 @@ def test_gather_rows_with_weights(dtype, hidden, simulator):
     x, weights, source = normal(9, hidden, dtype=dtype), normal(9, 3), integers(-4, 31, 40)
     weights[integers(0, 9, 2)] = 0
     x[0, 0] = np.nan  # of rows that nobody takes, too
-    (got,) = run_in_any_order(simulator, moe.GATHER_ROWS, x, source, weights, top_k=3, weighted=True)
+    options = {"top_k": 3, "weighted": True, "zero_gaps": True}
+    (got,) = run_in_any_order(simulator, moe.GATHER_ROWS, x, source, weights, **options)
     there = (source >= 0) & (source < 27)
     index = np.where(there, source, 0)
     rows = (x[index // 3].astype(np.float32) * weights.reshape(-1)[index, None]).astype(dtype)
@@ -168,11 +173,13 @@ def test_gather_quantize_rows(dtype, hidden, scale_format, told, simulator):
         source[5], source[9], source[:2] = source[20], 3, (-(2**31), 2**31 - 1)
     source, slots = source.astype(np.int32), slots.astype(np.int32)
     options = {"top_k": 3, "scale_format": scale_format}
-    values, scales = run_in_any_order(simulator, moe.GATHER_QUANTIZE_ROWS, x, source, slots, **options)
+    zeroed = run_in_any_order(simulator, moe.GATHER_QUANTIZE_ROWS, x, source, slots, zero_gaps=True, **options)
+    left_alone = run(moe.GATHER_QUANTIZE_ROWS, x, source, slots, zero_gaps=False, **options)
     there = (source >= 0) & (source < 36)
-    for got, token in zip((values, scales), quantize_by_hand(x, scale_format), strict=True):
+    for with_zeros, without, token in zip(zeroed, left_alone, quantize_by_hand(x, scale_format), strict=True):
         rows = bits(token)[np.where(there, source // 3, 0)]
-        np.testing.assert_array_equal(bits(got), np.where(there[:, None], rows, 0))
+        np.testing.assert_array_equal(bits(with_zeros), np.where(there[:, None], rows, 0))
+        np.testing.assert_array_equal(bits(without)[there], rows[there])
 
 
 def sum_by_hand(leaves, low, high):

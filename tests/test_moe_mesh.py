@@ -122,7 +122,13 @@ def test_received_rows(shape, how, implementation):
         received, handle = jaxkern.dispatch(x, ids, weights, **options(shape, **how), implementation=implementation)
         return received, handle.group_sizes, handle.dropped
 
+    def without_zeros(x, ids, weights):
+        how_else = options(shape, **how, zero_gaps=False)
+        received, handle = jaxkern.dispatch(x, ids, weights, **how_else, implementation=implementation)
+        return jnp.where((handle.source >= 0).reshape(received.shape[:-1])[..., None], received, 0)
+
     received, sizes, dropped = on_mesh(shape, f, x, ids, weights)
+    np.testing.assert_array_equal(on_mesh(shape, without_zeros, x, ids, weights), received)
     masked = how.get("layout") == "masked"
     wire_capacity = how.get("wire_capacity") if len(shape) == 1 else None  # in two levels: room for all here
     tokens, lost = arriving(x, ids, weights, ranks, wire_capacity)
@@ -145,7 +151,13 @@ def test_received_rows_of_layout_rank(transport, wire_capacity):
         received, handle = jaxkern.dispatch(x, ids, weights, **how)
         return received, handle.expert_ids, handle.weights, handle.group_sizes, handle.dropped
 
+    def without_zeros(x, ids, weights):
+        how = options(ONE_LEVEL, layout="rank", transport=transport, wire_capacity=wire_capacity, zero_gaps=False)
+        received, handle = jaxkern.dispatch(x, ids, weights, **how)
+        return jnp.where((handle.expert_ids >= 0).any(1, keepdims=True), received, 0)
+
     received, local_ids, local_weights, sizes, dropped = on_mesh(ONE_LEVEL, f, x, ids, weights)
+    np.testing.assert_array_equal(on_mesh(ONE_LEVEL, without_zeros, x, ids, weights), received)
     tokens, lost = arriving(x, ids, weights, RANKS, wire_capacity)
     share = wire_capacity or TOKENS // RANKS
     np.testing.assert_array_equal(dropped.reshape(-1), lost)

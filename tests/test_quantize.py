@@ -1,5 +1,8 @@
 """Block-scaled FP8 against ml_dtypes and the definitions in NumPy."""
 
+import json
+
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -215,6 +218,40 @@ def test_swiglu(dtype, batch, m, i, paired, weighted, scale_format, implementati
     check_swiglu(a, gate, up, weights if weighted else np.ones_like(weights), scale_format)
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "xla", HOPPER_IMPLEMENTATION])
+@pytest.mark.parametrize("batch", [(), (3,), (2, 2)])
+@pytest.mark.parametrize("scale_format", ["float32", "ue8m0"])
+def test_swiglu_of_some_rows(batch, scale_format, implementation):
+    """The first rows come out as ever; what the others hold has no effect on them."""
+    m, i = 45, 200
+    rng = np.random.default_rng(0)
+    gate_up, weights = rng.standard_normal((*batch, m, 2 * i)), rng.standard_normal((*batch, m)).astype(np.float32)
+    num_rows = np.resize([20, 0, 2**31 - 1, -7], batch).astype(np.int32)
+    counted = np.arange(m) < num_rows[..., None]
+    some = np.where(counted[..., None], gate_up, np.nan).astype(jnp.bfloat16)
+    options = {"scale_format": scale_format, "implementation": implementation}
+    want = jaxkern.swiglu_quantize(gate_up.astype(jnp.bfloat16), weights, **options)
+    for got in (
+        jaxkern.swiglu_quantize(some, weights, num_rows=num_rows, **options),
+        jaxkern.swiglu_quantize((some[..., :i], some[..., i:]), weights, num_rows=num_rows, **options),
+    ):
+        assert_same_codes(got.values[counted], want.values[counted])
+        assert_same_codes(got.scales[counted], want.scales[counted])
+
+
+@pytest.mark.skipif(HOPPER_IMPLEMENTATION != "sim", reason="a GPU does not count")
+def test_rows_that_do_not_count_move_nothing(simulator):
+    def moved(m, num_rows):
+        simulator.clear_statistics()
+        x = jnp.ones((m, 256), jnp.bfloat16)
+        jax.block_until_ready(jaxkern.swiglu_quantize(x, num_rows=num_rows, implementation="sim"))
+        (counts,) = json.loads(simulator.statistics())["kernels"].values()
+        return counts["moved_bytes"]
+
+    rows = moved(32, None)
+    assert moved(320, jnp.int32(32)) - rows <= 10 * 256 * 4  # the number of rows, read by every thread
+
+
 @pytest.mark.parametrize("implementation", ["cpu", HOPPER_IMPLEMENTATION])
 def test_swiglu_over_all_gates(implementation):
     """silu far to both sides, where exp overflows and where it vanishes."""
@@ -255,6 +292,8 @@ def test_errors_name_what_is_wrong():
         jaxkern.swiglu_quantize((x, x.astype(jnp.bfloat16)))
     with pytest.raises(ValueError, match=r"swiglu_quantize: weights must be float32 \[m=4\], got float32\[5\]"):
         jaxkern.swiglu_quantize(x, jnp.ones(5))
+    with pytest.raises(ValueError, match=r"swiglu_quantize: num_rows must be int32 \[\], got int32\[4\]"):
+        jaxkern.swiglu_quantize(x, num_rows=jnp.ones(4, jnp.int32))
     with pytest.raises(ValueError, match="quantize: block_shape must be one of"):
         jaxkern.quantize(x, (1, 64))
     with pytest.raises(ValueError, match="quantize: scale_format must be one of"):

@@ -66,7 +66,8 @@ void check_groups(Check& check, const Buffer& group_sizes, int64_t groups, int64
 }
 
 ffi::Error grouped_gemm(cuda::Stream stream, Buffer a, Buffer a_scales, Buffer b, Buffer b_scales, Buffer group_sizes,
-                        Result out, ffi::Span<const int64_t> b_block, int64_t group_alignment, int64_t group_stride) {
+                        Result out, ffi::Span<const int64_t> b_block, int64_t group_alignment, int64_t group_stride,
+                        int64_t zero_gaps) {
   Check check("grouped_gemm");
   check.rank("a", a, 3);
   check.rank("b", b, 3);
@@ -104,6 +105,7 @@ ffi::Error grouped_gemm(cuda::Stream stream, Buffer a, Buffer a_scales, Buffer b
                                                       .out = out->untyped_data(),
                                                       .out_is_float32 = out->element_type() == F32,
                                                       .b_block = static_cast<int>(b_block[0]),
+                                                      .zero_gaps = zero_gaps != 0,
                                                       .groups = groups,
                                                       .alignment = group_alignment,
                                                       .stride = group_stride,
@@ -178,11 +180,12 @@ JAXKERN_HOPPER_HANDLERS(
     gemm, 1,
     signature(Operands<5>{}, Results<1>{}).Attr<ffi::Span<const int64_t>>("b_block").Attr<int64_t>("accumulate"));
 
-JAXKERN_HOPPER_HANDLERS(grouped_gemm, 1,
+JAXKERN_HOPPER_HANDLERS(grouped_gemm, 2,
                         signature(Operands<5>{}, Results<1>{})
                             .Attr<ffi::Span<const int64_t>>("b_block")
                             .Attr<int64_t>("group_alignment")
-                            .Attr<int64_t>("group_stride"));
+                            .Attr<int64_t>("group_stride")
+                            .Attr<int64_t>("zero_gaps"));
 
 JAXKERN_HOPPER_HANDLERS(k_grouped_gemm, 1,
                         signature(Operands<6>{}, Results<1>{})

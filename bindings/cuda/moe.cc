@@ -56,7 +56,7 @@ ffi::Error assign_slots(cuda::Stream stream, Buffer ids, Result slots, Result so
 }
 
 ffi::Error gather_rows(cuda::Stream stream, Buffer x, Buffer source, Buffer weights, Result out, int64_t top_k,
-                       int64_t weighted) {
+                       int64_t weighted, int64_t zero_gaps) {
   Check check("gather_rows");
   GatherSizes s = check_gather_rows(check, x, source, weights, *out, top_k, weighted);
   check.that(are_counts({s.rows, s.hidden}), "rows and their width must be int32");
@@ -68,6 +68,7 @@ ffi::Error gather_rows(cuda::Stream stream, Buffer x, Buffer source, Buffer weig
                                      .weights = weighted ? weights.typed_data<float>() : nullptr,
                                      .out = out->untyped_data(),
                                      .type = float_of(x.element_type()),
+                                     .zero_gaps = zero_gaps != 0,
                                      .element_size = static_cast<int64_t>(ffi::ByteWidth(x.element_type())),
                                      .tokens = s.tokens,
                                      .top_k = s.top_k,
@@ -77,7 +78,7 @@ ffi::Error gather_rows(cuda::Stream stream, Buffer x, Buffer source, Buffer weig
 }
 
 ffi::Error gather_quantize_rows(cuda::Stream stream, Buffer x, Buffer source, Buffer slots, Result values,
-                                Result scales, int64_t top_k, std::string_view scale_format) {
+                                Result scales, int64_t top_k, int64_t zero_gaps, std::string_view scale_format) {
   Check check("gather_quantize_rows");
   GatherSizes s = check_gather_quantize_rows(check, x, source, slots, *values, *scales, top_k, scale_format);
   check.that(are_counts({s.rows + s.tokens * blocks_of(s.hidden, 128), s.hidden}),
@@ -93,6 +94,7 @@ ffi::Error gather_quantize_rows(cuda::Stream stream, Buffer x, Buffer source, Bu
                                               .values = static_cast<uint8_t*>(values->untyped_data()),
                                               .scales = scales->untyped_data(),
                                               .scale_format = scale_format_of(scale_format),
+                                              .zero_gaps = zero_gaps != 0,
                                               .tokens = s.tokens,
                                               .top_k = s.top_k,
                                               .hidden = s.hidden,
@@ -161,12 +163,15 @@ JAXKERN_HOPPER_HANDLERS(assign_slots, 1,
                             .Attr<int64_t>("slabs")
                             .Attr<int64_t>("alignment"));
 
-JAXKERN_HOPPER_HANDLERS(gather_rows, 1,
-                        signature(Operands<3>{}, Results<1>{}).Attr<int64_t>("top_k").Attr<int64_t>("weighted"));
-
 JAXKERN_HOPPER_HANDLERS(
-    gather_quantize_rows, 1,
-    signature(Operands<3>{}, Results<2>{}).Attr<int64_t>("top_k").Attr<std::string_view>("scale_format"));
+    gather_rows, 2,
+    signature(Operands<3>{}, Results<1>{}).Attr<int64_t>("top_k").Attr<int64_t>("weighted").Attr<int64_t>("zero_gaps"));
+
+JAXKERN_HOPPER_HANDLERS(gather_quantize_rows, 2,
+                        signature(Operands<3>{}, Results<2>{})
+                            .Attr<int64_t>("top_k")
+                            .Attr<int64_t>("zero_gaps")
+                            .Attr<std::string_view>("scale_format"));
 
 JAXKERN_HOPPER_HANDLERS(sum_rows, 1, signature(Operands<5>{}, Results<1>{}).Attr<int64_t>("num_keys"));
 

@@ -78,8 +78,9 @@ ffi::Error quantize_along_tokens(cuda::Stream stream, Buffer x, Buffer group_siz
                                               stream));
 }
 
-ffi::Error swiglu_quantize(cuda::Stream stream, Buffer gate, Buffer up, Buffer weights, Result values, Result scales,
-                           int64_t paired, int64_t weighted, std::string_view scale_format) {
+ffi::Error swiglu_quantize(cuda::Stream stream, Buffer gate, Buffer up, Buffer weights, Buffer num_rows, Result values,
+                           Result scales, int64_t paired, int64_t weighted, int64_t counted,
+                           std::string_view scale_format) {
   Check check("swiglu_quantize");
   check.rank("gate", gate, 3);
   if (check.failed()) return check.error();
@@ -96,6 +97,10 @@ ffi::Error swiglu_quantize(cuda::Stream stream, Buffer gate, Buffer up, Buffer w
     check.shape("weights", weights, {batch, m});
     check.dtype("weights", weights, {F32});
   }
+  if (counted) {
+    check.shape("num_rows", num_rows, {batch, 1});
+    check.dtype("num_rows", num_rows, {S32});
+  }
   check.that(is_size(batch * m + 1), "gate must have less than 2^31 rows");
   check.shape("values", *values, {batch, m, width});
   check.dtype("values", *values, {F8E4M3FN});
@@ -107,18 +112,20 @@ ffi::Error swiglu_quantize(cuda::Stream stream, Buffer gate, Buffer up, Buffer w
 
   int64_t element = gate.element_type() == F32 ? 4 : 2;
   const char* second_half = static_cast<const char*>(gate.untyped_data()) + width * element;
-  return to_error("swiglu_quantize", cuda::swiglu_quantize({.gate = gate.untyped_data(),
-                                                            .up = paired ? up.untyped_data() : second_half,
-                                                            .type = float_of(gate.element_type()),
-                                                            .stride = stride,
-                                                            .weights = weighted ? weights.typed_data<float>() : nullptr,
-                                                            .values = static_cast<uint8_t*>(values->untyped_data()),
-                                                            .scales = scales->untyped_data(),
-                                                            .scale_format = scale_format_of(scale_format),
-                                                            .batch = batch,
-                                                            .m = m,
-                                                            .width = width},
-                                                           stream));
+  return to_error("swiglu_quantize",
+                  cuda::swiglu_quantize({.gate = gate.untyped_data(),
+                                         .up = paired ? up.untyped_data() : second_half,
+                                         .type = float_of(gate.element_type()),
+                                         .stride = stride,
+                                         .weights = weighted ? weights.typed_data<float>() : nullptr,
+                                         .num_rows = counted ? num_rows.typed_data<int32_t>() : nullptr,
+                                         .values = static_cast<uint8_t*>(values->untyped_data()),
+                                         .scales = scales->untyped_data(),
+                                         .scale_format = scale_format_of(scale_format),
+                                         .batch = batch,
+                                         .m = m,
+                                         .width = width},
+                                        stream));
 }
 
 }  // namespace
@@ -132,10 +139,11 @@ JAXKERN_HOPPER_HANDLERS(
     quantize_along_tokens, 1,
     signature(Operands<2>{}, Results<2>{}).Attr<int64_t>("group_alignment").Attr<std::string_view>("scale_format"));
 
-JAXKERN_HOPPER_HANDLERS(swiglu_quantize, 1,
-                        signature(Operands<3>{}, Results<2>{})
+JAXKERN_HOPPER_HANDLERS(swiglu_quantize, 2,
+                        signature(Operands<4>{}, Results<2>{})
                             .Attr<int64_t>("paired")
                             .Attr<int64_t>("weighted")
+                            .Attr<int64_t>("counted")
                             .Attr<std::string_view>("scale_format"));
 
 }  // namespace jaxkern

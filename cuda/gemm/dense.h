@@ -40,7 +40,8 @@ struct Dense {
   static constexpr int slabs = tile_m / math_groups / 64;  // of 64 rows, for each warpgroup
   static constexpr int threads = warpgroup_size * (math_groups + 1);
   static constexpr int registers = 168;
-  static constexpr int strip = swizzle_row / sizeof(Out);  // columns of one store
+  static constexpr bool starts_early = Schedule::follows_small;  // which writes other rows than this
+  static constexpr int strip = swizzle_row / sizeof(Out);        // columns of one store
   static constexpr int strips = tile_n / strip;
   static constexpr int staged = sizeof(Out) == 4 ? 1 : slabs;  // at a time; what leaves three stages
   static constexpr int stage_bytes =
@@ -72,6 +73,7 @@ struct Dense {
   DEVICE static bool copies_scales(const Params& p) { return scaled && !p.scales_by_copy_engine; }
 
   DEVICE static void run(const Params& p, Smem& s) {
+    if constexpr (starts_early) griddepcontrol_launch_dependents();
     int warp = warp_index();
     if (warp == 0 && elect()) {
       prefetch_tensormap(p.a);
@@ -101,6 +103,7 @@ struct Dense {
       barrier_cluster_arrive();
       barrier_cluster_wait();
     }
+    if constexpr (starts_early) griddepcontrol_wait();  // who waits for this kernel waits for those before it
   }
 
   DEVICE static void sync_all() {

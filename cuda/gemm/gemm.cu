@@ -206,7 +206,9 @@ GroupList group_list(const int32_t* sizes, int64_t groups, int64_t alignment, in
           .all = static_cast<int>(all)};
 }
 
-constexpr int small_rows = 64;  // up to here a group is Small's; only the device knows, so both kernels look at it
+// The rows of a group up to which it is Small's, and from which it is worth the large tile, which needs less of L2 for
+// its products and wastes more at the group's end. Only the device knows them, so every kernel looks at every group.
+constexpr int small_rows = 64, large_rows = 384;
 
 template <int tile_m, int tile_n, int cluster, typename Format, typename Out>
 Error launch_dense_groups(const GroupedGemm& g, const Gemm& product, RowGroups::Params schedule, Stream stream) {
@@ -254,19 +256,28 @@ Error launch_row_groups(const GroupedGemm& g, Stream stream) {
                                 .k_blocks = static_cast<int>(ceil_div(g.k, Format::stage_k)),
                                 .n_tiles = 0,  // each kernel's own
                                 .band = 1};
-  int64_t row_words = g.n * sizeof(Out) / 4;
-  Gaps::Params gaps = {groups, {static_cast<uint32_t*>(g.out), g.m * row_words}, static_cast<int>(row_words)};
-  Error error = first_error(
-      {launch<Gaps>(std::min<int64_t>(multiprocessors(), ceil_div(g.m, Gaps::threads / warp_size)), 1, gaps, stream),
-       launch_small<Format, Out>(product, schedule, stream)});
-  int64_t most = g.stride ? g.stride : g.m;  // rows of a group
-  if (!error.empty() || most <= small_rows) return error;
+  if (g.zero_gaps) {
+    int64_t row_words = g.n * sizeof(Out) / 4;
+    Gaps::Params gaps = {groups, {static_cast<uint32_t*>(g.out), g.m * row_words}, static_cast<int>(row_words)};
+    int64_t blocks = std::min<int64_t>(multiprocessors(), ceil_div(g.m, Gaps::threads / warp_size));
+    if (Error error = launch<Gaps>(blocks, 1, gaps, stream); !error.empty()) return error;
+  }
+  if (Error error = launch_small<Format, Out>(product, schedule, stream); !error.empty()) return error;
+  // A launch that finds no group takes 2 us: none for large groups where the rows that all share make them unlikely,
+  // and one for both where they are large on average.
+  int64_t most = g.stride ? g.stride : g.m, large = large_rows;
+  if (!g.stride && g.m < 256 * g.groups) large = most + 1;
+  if (!g.stride && g.m >= 512 * g.groups) large = small_rows + 1;
   schedule.least = small_rows + 1;
+  schedule.most = std::min(most, large - 1);
+  if (schedule.least <= schedule.most) {
+    Error error = launch_dense_groups<128, 128, 1, Format, Out>(g, product, schedule, stream);
+    if (!error.empty()) return error;
+  }
+  if (most < large) return {};
+  schedule.least = large;
   schedule.most = most;
-  // The large tile, which wastes more at the end of a group, where groups are large on average.
-  if (!g.stride && g.m >= 512 * g.groups)
-    return launch_dense_groups<256, 128, 2, Format, Out>(g, product, schedule, stream);
-  return launch_dense_groups<128, 128, 1, Format, Out>(g, product, schedule, stream);
+  return launch_dense_groups<256, 128, 2, Format, Out>(g, product, schedule, stream);
 }
 
 constexpr int k_tile_n = 128;

@@ -27,7 +27,8 @@ Error gemm(const Gemm& gemm, Stream stream);
 
 // The rows of group i of a, times b[i]^T, of e4m3 or, where b_block is 0, of bfloat16 without scales. Group i begins
 // where the one before it ends, rounded up to `alignment`, or, if `stride` is not 0, at row i * stride; sizes are cut
-// to the rows that there are. Rows in no group become zero. m < 2^26, at most 1024 groups; the rest as in Gemm.
+// to the rows that there are. Rows in no group become zero, or are left alone. m < 2^26, at most 1024 groups; the rest
+// as in Gemm.
 struct GroupedGemm {
   const void* a;               // [m, k]
   const float* a_scales;       // [ceil(k / 128), m]
@@ -37,6 +38,7 @@ struct GroupedGemm {
   void* out;                   // [m, n]
   bool out_is_float32;
   int b_block;
+  bool zero_gaps;
   int64_t groups, alignment, stride;
   int64_t m, n, k;
 };

@@ -50,8 +50,9 @@ DEVICE TilePosition tile_position(int i, int m_tiles, int n_tiles, int band, int
 
 struct Batches {
   static constexpr const char* name = "Batches";
-  static constexpr bool tails = false;  // of groups along k
-  static constexpr bool edges = false;  // rows of a tile that belong to another group
+  static constexpr bool tails = false;          // of groups along k
+  static constexpr bool edges = false;          // rows of a tile that belong to another group
+  static constexpr bool follows_small = false;  // one of several kernels, each for groups of some sizes
 
   struct Params {
     int batch, b_batch, m, k_blocks;
@@ -83,6 +84,7 @@ struct RowGroups {
   static constexpr const char* name = "RowGroups";
   static constexpr bool tails = false;
   static constexpr bool edges = true;
+  static constexpr bool follows_small = true;
 
   struct Params {
     GroupList groups;  // of rows
@@ -123,6 +125,7 @@ struct KGroups {
   static constexpr const char* name = "KGroups";
   static constexpr bool tails = true;
   static constexpr bool edges = false;
+  static constexpr bool follows_small = false;
 
   struct Params {
     GroupList groups;  // of k; with scales they start at multiples of block_k

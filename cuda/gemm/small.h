@@ -35,6 +35,7 @@ struct Small {
   };
 
   DEVICE static void run(const Params& p, Smem& s) {
+    griddepcontrol_launch_dependents();
     int warp = warp_index();
     if (warp == 0 && elect()) {
       prefetch_tensormap(p.a);

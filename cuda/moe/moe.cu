@@ -53,7 +53,8 @@ Error take(const GatherRows& g, Stream stream) {
                                .rows = static_cast<int>(g.rows),
                                .units = static_cast<int>(units),
                                .lanes = lanes,
-                               .parts = static_cast<int>(parts)};
+                               .parts = static_cast<int>(parts),
+                               .zero_gaps = g.zero_gaps};
   return launch<Kernel>(blocks_for<Kernel>(ceil_div(g.rows * parts, Kernel::threads / lanes)), 1, p, stream);
 }
 
@@ -183,7 +184,8 @@ Error gather_quantize_rows(const GatherQuantizeRows& g, Stream stream) {
         .assignments = g.tokens * g.top_k,
         .tokens = static_cast<int>(g.tokens),
         .top_k = static_cast<int>(g.top_k),
-        .parts = static_cast<int>(parts)};
+        .parts = static_cast<int>(parts),
+        .zero_gaps = g.zero_gaps};
     p.quantized.x = {static_cast<const T*>(g.x), g.tokens * g.hidden};
     p.quantized.vectors = g.hidden % per_load<T> == 0;
     p.quantized.m = g.rows;

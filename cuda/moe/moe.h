@@ -41,21 +41,22 @@ struct AssignSlots {
 Error assign_slots(const AssignSlots& assign, Stream stream);
 
 // out[i] = x[source[i] / top_k], times weights[source[i]] if there are any, which x of float32 or bfloat16 can have;
-// zero bytes where source is no assignment.
+// where source is no assignment zero bytes, or left alone.
 struct GatherRows {
   const void* x;          // [tokens, hidden]
   const int32_t* source;  // [rows]
   const float* weights;   // [tokens, top_k], or null: a copy
   void* out;              // [rows, hidden]
   Float type;             // matters with weights
+  bool zero_gaps;
   int64_t element_size, tokens, top_k, hidden, rows;
 };
 
 Error gather_rows(const GatherRows& gather, Stream stream);
 
-// The same rows of float32 or bfloat16, quantised in blocks of 1 x 128; zero bytes where there is none. `slots` tells
-// where each assignment's row is, so that a token is read and quantised once; rows that it does not tell of, or tells
-// wrong, are quantised by themselves. x and values are aligned to 16 bytes.
+// The same rows of float32 or bfloat16, quantised in blocks of 1 x 128; where there is none zero bytes, or left alone.
+// `slots` tells where each assignment's row is, so that a token is read and quantised once; rows that it does not tell
+// of, or tells wrong, are quantised by themselves. x and values are aligned to 16 bytes.
 struct GatherQuantizeRows {
   const void* x;  // [tokens, hidden]
   Float x_type;
@@ -64,6 +65,7 @@ struct GatherQuantizeRows {
   uint8_t* values;        // e4m3 [rows, hidden]
   void* scales;           // [ceil(hidden / 128), rows], rows contiguous, as the grouped GEMM loads them
   ScaleFormat scale_format;
+  bool zero_gaps;
   int64_t tokens, top_k, hidden, rows;
 };
 

@@ -48,6 +48,7 @@ struct TakeRows {
     int64_t assignments;
     int top_k, rows, units;  // units of a row
     int lanes, parts;        // of a team, and of a row
+    bool zero_gaps;
   };
   struct Smem {};
 
@@ -72,7 +73,8 @@ struct TakeRows {
       for (int i = 0; i < each; ++i) {
         if constexpr (!std::is_void_v<Number>)
           if (some) units[i] = times(units[i], weight);
-        if (first + i * p.lanes < p.units) store_global(p.out, to + first + i * p.lanes, units[i]);
+        if ((some || p.zero_gaps) && first + i * p.lanes < p.units)
+          store_global(p.out, to + first + i * p.lanes, units[i]);
       }
     }
   }
@@ -119,6 +121,7 @@ struct TakeQuantizedRows {
     Global<const int32_t> source, slots;
     int64_t assignments;
     int tokens, top_k, parts;
+    bool zero_gaps;
   };
   struct Smem {};
 
@@ -163,7 +166,7 @@ struct TakeQuantizedRows {
     }
   }
 
-  // Rows that no token says are its: their source's by themselves, or zero.
+  // Rows that no token says are its: their source's by themselves, or zero if they are to be.
   template <bool vectors>
   DEVICE static void fill(const Params& p, int first) {
     int row = first + lane_index(), source = -1;
@@ -173,7 +176,7 @@ struct TakeQuantizedRows {
       if (source >= p.assignments) source = -1;
       told = source >= 0 && load_global<int32_t>(p.slots, source) == row;
     }
-    for (uint32_t rest = ballot(there && !told); rest; rest &= rest - 1) {
+    for (uint32_t rest = ballot(there && !told && (source >= 0 || p.zero_gaps)); rest; rest &= rest - 1) {
       int lane = lowest_bit(rest), from = shfl(source, lane);
       for (int part = 0; part < p.parts; ++part) {
         Part quantized = {};

@@ -72,6 +72,7 @@ Error swiglu_quantize(const SwigluQuantize& q, Stream stream) {
     p.gate = {static_cast<const T*>(q.gate), elements};
     p.up = {static_cast<const T*>(q.up), elements};
     p.weights = {q.weights, q.weights ? rows : 0};
+    p.num_rows = {q.num_rows, q.num_rows ? q.batch : 0};
     p.quantized = quantize_params<float>(q.values, q.scales, q.scale_format, rows * q.width, rows * k_blocks);
     p.quantized.vectors = q.width % 4 == 0;
     p.quantized.m = rows;

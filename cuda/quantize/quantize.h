@@ -40,16 +40,17 @@ struct QuantizeAlongTokens {
 
 Error quantize_along_tokens(const QuantizeAlongTokens& quantize, Stream stream);
 
-// silu(gate) * up * weights in blocks of 1 x 128. Every pointer but `up` is aligned to 16 bytes, `up` to 4 elements if
-// width is a multiple of 4.
+// silu(gate) * up * weights in blocks of 1 x 128; rows that do not count are left alone. Every pointer but `up` is
+// aligned to 16 bytes, `up` to 4 elements if width is a multiple of 4.
 struct SwigluQuantize {
   const void* gate;  // batch * m rows of `width` elements, `stride` apart
   const void* up;    // likewise
   Float type;
   int64_t stride;
-  const float* weights;  // [batch, m], or null
-  uint8_t* values;       // e4m3 [batch, m, width]
-  void* scales;          // [batch, ceil(width / 128), m]
+  const float* weights;     // [batch, m], or null
+  const int32_t* num_rows;  // [batch], on the device: how many count of each m; or null: all
+  uint8_t* values;          // e4m3 [batch, m, width]
+  void* scales;             // [batch, ceil(width / 128), m]
   ScaleFormat scale_format;
   int64_t batch, m, width;
 };

@@ -23,9 +23,21 @@ def gemm(a, a_scales, b, b_scales, accumulator, *, a_block, b_block, transpose_a
 
 
 def grouped_gemm(
-    a, a_scales, b, b_scales, group_sizes, *, a_block, b_block, transpose_b, group_alignment, group_stride, out_dtype
+    a,
+    a_scales,
+    b,
+    b_scales,
+    group_sizes,
+    *,
+    a_block,
+    b_block,
+    transpose_b,
+    group_alignment,
+    group_stride,
+    zero_gaps,
+    out_dtype,
 ):
-    """a [1, m, k], b [g, n, k] or, transposed, [g, k, n] -> [m, n]."""
+    """a [1, m, k], b [g, n, k] or, transposed, [g, k, n] -> [m, n]; rows in no group are zero anyway."""
     a, b = _plain(a, a_scales, a_block)[0], _plain(b, b_scales, b_block)
     b = b if transpose_b else b.swapaxes(1, 2)
     starts, _, owner = groups_of(group_sizes, a.shape[0], group_alignment, group_stride)

@@ -44,7 +44,7 @@ def assign_slots(ids, *, num_groups, rows, slabs, alignment):
     return slots.reshape(t, k), source, kept, counts - kept
 
 
-def gather_rows(x, source, weights, *, top_k, weighted):
+def gather_rows(x, source, weights, *, top_k, weighted, zero_gaps=True):
     t, h = x.shape
     valid = (source >= 0) & (source < t * top_k)
     index = jnp.where(valid, source, t * top_k)
@@ -58,7 +58,7 @@ def gather_rows(x, source, weights, *, top_k, weighted):
     return (rows,)
 
 
-def gather_quantize_rows(x, source, slots, *, top_k, scale_format):
+def gather_quantize_rows(x, source, slots, *, top_k, zero_gaps, scale_format):
     (rows,) = gather_rows(x, source, None, top_k=top_k, weighted=False)
     values, scales = quantize(rows[None], block_shape=(1, 128), scale_format=scale_format)
     valid = (source >= 0) & (source < x.shape[0] * top_k)

@@ -39,8 +39,11 @@ def quantize_along_tokens(x, group_sizes, *, group_alignment, scale_format, toke
     return values[0], scales[0]
 
 
-def swiglu_quantize(gate, up, weights, *, paired, weighted, scale_format):
-    """gate and up [b, m, i], or both beside each other in the first [b, m, 2i]; weights [b, m] -> as quantize."""
+def swiglu_quantize(gate, up, weights, num_rows, *, paired, weighted, counted, scale_format):
+    """gate and up [b, m, i], or both beside each other in the first [b, m, 2i]; weights [b, m] -> as quantize.
+
+    All rows are computed, whether they count or not.
+    """
     gate, up = (gate, up) if paired else jnp.split(gate, 2, axis=-1)
     y = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
     y = y * weights[..., None] if weighted else y

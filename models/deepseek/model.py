@@ -124,7 +124,8 @@ class Run:
 
     fp8: whether layers multiply in FP8, with scales of scale_format.
     axis_name: the mesh axes that the experts are spread over, hosts before the devices of each; None on one device.
-    inference: nothing will be differentiated, so that tokens may go to their experts in FP8.
+    inference: nothing will be differentiated, so that tokens may go to their experts in FP8, and rows without one need
+        not be zero.
     remat: whether each layer's activations are computed again in the backward pass instead of being kept.
     """
 
@@ -361,6 +362,7 @@ class MoE(nnx.Module):
             num_experts=self.config.n_routed_experts,
             axis_name=run.axis_name,
             capacity=run.expert_capacity,
+            zero_gaps=not run.inference,
             # As the experts would quantise them, only before they travel.
             quantize="fp8" if run.inference and run.fp8 and self.config.quantized else None,
             scale_format=run.scale_format,
@@ -478,7 +480,9 @@ def linear(x, weight, group_sizes, run: Run):
     if isinstance(x, jaxkern.ScaledArray) or not run.fp8:
         if not isinstance(weight, jaxkern.ScaledArray):
             weight = weight.astype(run.dtype)
-        return (jaxkern.grouped_gemm if groups else jaxkern.gemm)(x, weight, *groups, **options)
+        if groups:
+            return jaxkern.grouped_gemm(x, weight, group_sizes, zero_gaps=not run.inference, **options)
+        return jaxkern.gemm(x, weight, **options)
     fp8 = jaxkern.fp8_grouped_linear if groups else jaxkern.fp8_linear
     return fp8(x, weight, *groups, scale_format=run.scale_format, **options)
 
@@ -504,7 +508,8 @@ def _fused_swiglu(run, x, weights, group_sizes):
     options = {"scale_format": run.scale_format, "implementation": run.implementation}
     x = x if isinstance(x, jaxkern.ScaledArray) else jaxkern.quantize(x, **options)
     both = linear(x, gate, group_sizes, run), linear(x, up, group_sizes, run)
-    return linear(jaxkern.swiglu_quantize(both, **options), down, group_sizes, run)
+    num_rows = None if group_sizes is None else group_sizes.sum()
+    return linear(jaxkern.swiglu_quantize(both, num_rows=num_rows, **options), down, group_sizes, run)
 
 
 def _fused_swiglu_forward(run, x, weights, group_sizes):
