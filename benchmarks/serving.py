@@ -334,17 +334,17 @@ def traces(model, batch: int, prompt: int, cache_dtype):
     def first():
         return prefill(leaves, prompts, mask, table, *fixed, pages=pages, packed=cache_dtype == "fp8")
 
-    def steps(token, state, count):
+    def steps(token, state, absorbed, count):
         for _ in range(count):
-            token, state = decode(leaves, token, state, *fixed)
-        return jax.block_until_ready((token, state))
+            token, state = decode(leaves, absorbed, token, state, *fixed)
+        return jax.block_until_ready((token, state, absorbed))
 
-    token, state = steps(*first(), 2)  # warm
+    decoding = steps(*first(), 2)  # warm
     with Trace() as trace:
         jax.block_until_ready(first())
     yield "prefill", 1, trace.events
     with Trace() as trace:
-        steps(token, state, PROFILED_STEPS)
+        steps(*decoding, PROFILED_STEPS)
     yield "decode step", PROFILED_STEPS, trace.events
 
 

@@ -20,6 +20,7 @@ from jax.sharding import AxisType
 
 from jaxkern.models import deepseek
 from jaxkern.models.deepseek import model as layers
+from jaxkern.models.deepseek.generate import _programs
 from jaxkern.models.deepseek.model import Program
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -156,6 +157,23 @@ def test_no_weight_is_dequantised():
     # Attention: the input of q_a and kv_a, q_b's, kv_b's and o's; an MLP: that of gate and up.
     assert len(re.findall(r'custom_call_target="jaxkern.quantize.v1"', text)) == 2 * 4 + 3
     assert len(re.findall(r'custom_call_target="jaxkern.swiglu_quantize.v2"', text)) == 3
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_step_of_decoding_makes_no_weight(quantized):
+    """What is absorbed of kv_b_proj is made with the prompt; a step reads it, and not kv_b_proj."""
+    model = new_model(**({"quantization_config": FP8} if quantized else {}))
+    model.dtype = np.dtype(jnp.bfloat16)
+    program, leaves = Program.of(model, inference=True)
+    prefill, decode = _programs(program, (None, False), 8)
+    stops, scalars = np.full(1, -1, np.int32), (np.uint32(0), np.float32(0), np.float32(1))
+    table = np.arange(4, dtype=np.int32).reshape(2, 2)
+    prompt = tokens(2, 8), np.ones((2, 8), np.int32), table
+    token, state, absorbed = prefill(leaves, *prompt, stops, scalars, pages=4, packed=False)
+    text = decode.lower(leaves, absorbed, token, state, stops, scalars).compile().as_text()
+    kv_b = model.model.layers[0].self_attn.kv_b_proj.weight.shape
+    assert "dequantize" not in text and not sized("f8e4m3fn|f32|bf16", kv_b, text)
+    assert [x.shape for x in absorbed[0]] == [(2, 16, 16), (2, 16, 16)]
 
 
 def test_training_copies_no_weight_in_bfloat16():

@@ -193,10 +193,11 @@ def test_a_step_copies_no_cache(model, packed):
     prefill, decode = _programs(program, (None, False), 16)
     table = np.arange(4, dtype=np.int32).reshape(2, 2)
     fixed = np.zeros(0, np.int32), (np.uint32(0), np.float32(0), np.float32(1))
-    token, state = prefill(leaves, tokens(2, 16), np.ones((2, 16), int), table, *fixed, pages=5000, packed=packed)
+    prompt = tokens(2, 16), np.ones((2, 16), int), table
+    token, state, absorbed = prefill(leaves, *prompt, *fixed, pages=5000, packed=packed)
     size = sum(x.nbytes for x in state["cache"])
     assert size == 2 * 5000 * 16 * (kv_cache.row_bytes(16, 8) if packed else 24 * 4)
-    memory = decode.lower(leaves, token, state, *fixed).compile().memory_analysis()
+    memory = decode.lower(leaves, absorbed, token, state, *fixed).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= size and memory.temp_size_in_bytes < size / 10
 
 
@@ -222,7 +223,8 @@ def logits_of_steps(dtype=jnp.float32, fp8=False, **config):
     @jax.jit
     @functools.partial(program.map, in_specs=(rows,) * 4, out_specs=(rows, rows))
     def decode(parts, token, cache, table, seq_lens):
-        x, cache = parts["model"].decode(token, cache, table, seq_lens, seq_lens > 0, program.run)
+        absorbed = parts["model"].absorbed(program.run)
+        x, cache = parts["model"].decode(token, cache, absorbed, table, seq_lens, seq_lens > 0, program.run)
         return head(parts, x, program.run), cache
 
     def run(lengths, seeds):

@@ -146,7 +146,8 @@ def decode_logits(model, ids, new: int, page_size: int = 8):
         positions = jnp.broadcast_to(jnp.arange(s - new, dtype=jnp.int32), (b, s - new))
         cache = [jaxkern.kv_cache.append(empty, r, jnp.asarray(table), positions) for r in rows]
         lengths, active = jnp.full(b, s, jnp.int32), jnp.ones(b, bool)
-        x, _ = parts["model"].decode(ids[:, -new:], cache, jnp.asarray(table), lengths, active, program.run)
+        absorbed = parts["model"].absorbed(program.run)
+        x, _ = parts["model"].decode(ids[:, -new:], cache, absorbed, jnp.asarray(table), lengths, active, program.run)
         return head(parts, x, program.run)
 
     return jax.jit(program.map(body, (program.rows,), program.rows))(leaves, ids)

@@ -77,14 +77,14 @@ def generate(
     mask = np.pad(mask, ((0, 0), (0, prompt - s)))
     width = -(-(s + max_new_tokens) // page_size)
     table, pages = reserve_pages(mask.sum(1) + max_new_tokens, width, page_size, program.devices)
-    token, state = prefill(leaves, ids, mask, table, stops, scalars, pages=pages, packed=cache_dtype == "fp8")
+    token, state, absorbed = prefill(leaves, ids, mask, table, stops, scalars, pages=pages, packed=cache_dtype == "fp8")
     tokens = [token]
     with tqdm.tqdm(total=max_new_tokens, disable=not progress, unit="token", desc="generate") as bar:
         bar.update()
         for _ in range(1, max_new_tokens):
             if stops_early and not fetch(state["active"]).any():
                 break
-            token, state = decode(leaves, token, state, stops, scalars)
+            token, state = decode(leaves, absorbed, token, state, stops, scalars)
             tokens.append(token)
             # XLA:CPU lets 32 steps be in flight on a device and then blocks its launches, which deadlocks collectives.
             tokens[-min(len(tokens), 1 if progress else 8)].block_until_ready()
@@ -144,12 +144,13 @@ def _programs(program: Program, sampling: tuple, page_size: int):
             "step": jnp.zeros((), jnp.int32),
         }
         last = jnp.take_along_axis(x, jnp.maximum(seq_lens - 1, 0)[:, None, None], axis=1)[:, 0]
-        return next_token(parts, last, jnp.zeros_like(seq_lens), state, stops, scalars)
+        token, state = next_token(parts, last, jnp.zeros_like(seq_lens), state, stops, scalars)
+        return token, state, parts["model"].absorbed(run)
 
-    def decode_body(parts, token, state, stops, scalars):
+    def decode_body(parts, absorbed, token, state, stops, scalars):
         seq_lens = state["seq_lens"] + 1
         x, cache = parts["model"].decode(
-            token[:, None], state["cache"], state["block_table"], seq_lens, state["active"], run
+            token[:, None], state["cache"], absorbed, state["block_table"], seq_lens, state["active"], run
         )
         state = {**state, "cache": cache, "seq_lens": seq_lens}
         return next_token(parts, x[:, -1], token, state, stops, scalars)
@@ -160,12 +161,12 @@ def _programs(program: Program, sampling: tuple, page_size: int):
         batch = program.place_batch(ids, mask, row_ids, block_table)
         body = functools.partial(prefill_body, pages=pages, packed=packed)
         specs = (rows, rows, rows, rows, jax.P(), jax.P())
-        return program.map(body, specs, (rows, state_specs))(leaves, *batch, stops, scalars)
+        return program.map(body, specs, (rows, state_specs, jax.P()))(leaves, *batch, stops, scalars)
 
     @functools.partial(jax.jit, donate_argnames="state")
-    def decode(leaves, token, state, stops, scalars):
-        specs = (rows, state_specs, jax.P(), jax.P())
-        return program.map(decode_body, specs, (rows, state_specs))(leaves, token, state, stops, scalars)
+    def decode(leaves, absorbed, token, state, stops, scalars):
+        specs = (jax.P(), rows, state_specs, jax.P(), jax.P())
+        return program.map(decode_body, specs, (rows, state_specs))(leaves, absorbed, token, state, stops, scalars)
 
     return prefill, decode
 

@@ -196,7 +196,11 @@ class Decoder(nnx.Module):
             routings += [routing] if routing is not None else []
         return self.norm(x), rows, routings
 
-    def decode(self, input_ids, cache, block_table, seq_lens, active, run: Run):
+    def absorbed(self, run: Run):
+        """What `decode` multiplies by besides the parameters, of each layer: made once, not at every step."""
+        return [layer.self_attn.absorbed(run) for layer in self.layers]
+
+    def decode(self, input_ids, cache, absorbed, block_table, seq_lens, active, run: Run):
         """One step: input_ids [b, s] are the last s of each row's seq_lens tokens -> hidden states, new cache."""
         b, s = input_ids.shape
         positions = seq_lens[:, None] - s + jnp.arange(s, dtype=jnp.int32)
@@ -204,8 +208,8 @@ class Decoder(nnx.Module):
         batch = Batch(*rope_angles(self.config, positions), seq_lens, valid)
         x = self.embed(input_ids, run)
         caches = []
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x, layer_cache = layer.decode(x, batch, layer_cache, block_table, positions, run)
+        for layer, layer_cache, halves in zip(self.layers, cache, absorbed, strict=True):
+            x, layer_cache = layer.decode(x, batch, layer_cache, halves, block_table, positions, run)
             caches.append(layer_cache)
         return self.norm(x), caches
 
@@ -226,8 +230,9 @@ class DecoderLayer(nnx.Module):
         out, routing = self._mlp(self.post_attention_layernorm(x), batch, run)
         return x + out, rows, routing
 
-    def decode(self, x, batch: Batch, cache, block_table, positions, run: Run):
-        attended, cache = self.self_attn.decode(self.input_layernorm(x), batch, cache, block_table, positions, run)
+    def decode(self, x, batch: Batch, cache, absorbed, block_table, positions, run: Run):
+        normed = self.input_layernorm(x)
+        attended, cache = self.self_attn.decode(normed, batch, cache, absorbed, block_table, positions, run)
         x = x + attended
         out, _ = self._mlp(self.post_attention_layernorm(x), batch, run)
         return x + out, cache
@@ -277,8 +282,9 @@ class Attention(nnx.Module):
         )
         return self.o_proj(out.reshape(b, s, -1), run), jnp.concatenate([latent, k_rope], -1)
 
-    def decode(self, x, batch: Batch, cache, block_table, positions, run: Run):
+    def decode(self, x, batch: Batch, cache, absorbed, block_table, positions, run: Run):
         b, s, _ = x.shape
+        to_latent, from_latent = absorbed
         q_nope, q_rope = self._queries(x, batch, run)
         rows = jnp.concatenate(self._latent(x, batch, run), -1)
         cache = jaxkern.kv_cache.append(
@@ -289,7 +295,6 @@ class Attention(nnx.Module):
             latent_dim=self.config.kv_lora_rank,
             implementation=run.implementation,
         )
-        to_latent, from_latent = self._absorbed(run)
         q_latent = per_head(q_nope, to_latent, run)
         out, _ = jaxkern.mla_decode(
             jnp.concatenate([q_latent, q_rope], -1),
@@ -302,6 +307,15 @@ class Attention(nnx.Module):
             implementation=run.implementation,
         )
         return self.o_proj(per_head(out, from_latent, run).reshape(b, s, -1), run), cache
+
+    def absorbed(self, run):
+        """kv_b_proj as one matrix a head: nope -> latent [h, latent, nope] and latent -> v [h, v, latent]."""
+        weight = self.kv_b_proj.matrix()
+        if isinstance(weight, jaxkern.ScaledArray):
+            weight = jaxkern.dequantize(weight, run.dtype, implementation=run.implementation)
+        weight = weight.astype(run.dtype).reshape(self.config.num_attention_heads, -1, self.config.kv_lora_rank)
+        to_latent, from_latent = jnp.split(weight, [self.config.qk_nope_head_dim], axis=1)
+        return to_latent.swapaxes(1, 2), from_latent
 
     def _queries(self, x, batch, run):
         """-> [b, s, heads, nope], [b, s, heads, rope] rotated."""
@@ -318,15 +332,6 @@ class Attention(nnx.Module):
         """-> [b, s, latent] normed, [b, s, rope] rotated: one key for all heads."""
         latent, rope = jnp.split(self.kv_a_proj_with_mqa(x, run), [self.config.kv_lora_rank], axis=-1)
         return self.kv_a_layernorm(latent), rotate(rope, batch.cos, batch.sin, self.config.rope_interleave)
-
-    def _absorbed(self, run):
-        """kv_b_proj as one matrix a head: nope -> latent [h, latent, nope] and latent -> v [h, v, latent]."""
-        weight = self.kv_b_proj.matrix()
-        if isinstance(weight, jaxkern.ScaledArray):
-            weight = jaxkern.dequantize(weight, run.dtype, implementation=run.implementation)
-        weight = weight.astype(run.dtype).reshape(self.config.num_attention_heads, -1, self.config.kv_lora_rank)
-        to_latent, from_latent = jnp.split(weight, [self.config.qk_nope_head_dim], axis=1)
-        return to_latent.swapaxes(1, 2), from_latent
 
 
 class MLP(nnx.Module):
