@@ -5,12 +5,13 @@
 namespace jaxkern::cpu::JAXKERN_LEVEL {
 namespace {
 
-constexpr float kInfinity = __builtin_inff();
+constexpr float kInfinity = __builtin_inff(), kNaN = __builtin_nanf("");
 
-// The index of the largest of [0, n); the lowest one on ties.
+// The index of the largest of [0, n) that is no NaN, and one is none; the lowest one on ties.
 int64_t argmax(const float* x, int64_t n) {
   int64_t best = 0;
-  for (int64_t i = 1; i < n; ++i)
+  while (x[best] != x[best]) ++best;
+  for (int64_t i = best + 1; i < n; ++i)
     if (x[i] > x[best]) best = i;
   return best;
 }
@@ -34,30 +35,16 @@ void route_token(const RouteParams& p, int64_t token) {
     float total = group_size == 1 ? first : first + second;
     group_scores[g] = total == total ? total : -kInfinity;
   }
-  // Marks the groups that stay with NaN, which no comparison finds again; the others lose their experts.
-  for (int64_t i = 0; i < p.topk_groups; ++i) {
-    int64_t g = 0;
-    while (group_scores[g] != group_scores[g]) ++g;
-    for (int64_t other = g + 1; other < p.num_groups; ++other)
-      if (group_scores[other] > group_scores[g]) g = other;
-    group_scores[g] = __builtin_nanf("");
-  }
+  // What is chosen becomes NaN, and so do the experts of groups that are not: an expert of the best groups, minus
+  // infinity or not, comes before all others.
+  for (int64_t i = 0; i < p.topk_groups; ++i) group_scores[argmax(group_scores, p.num_groups)] = kNaN;
   for (int64_t g = 0; g < p.num_groups; ++g)
     if (group_scores[g] == group_scores[g])
-      for (int64_t i = 0; i < group_size; ++i) biased[g * group_size + i] = -kInfinity;
+      for (int64_t i = 0; i < group_size; ++i) biased[g * group_size + i] = kNaN;
   int32_t* ids = p.expert_ids + token * p.top_k;
   for (int64_t j = 0; j < p.top_k; ++j) {
-    int64_t best = argmax(biased, p.experts);
-    if (biased[best] == -kInfinity) {
-      // Only experts that a NaN or another group ruled out are left: the lowest ids that are not taken yet.
-      for (best = 0;; ++best) {
-        bool taken = false;
-        for (int64_t i = 0; i < j; ++i) taken |= ids[i] == best;
-        if (!taken) break;
-      }
-    }
-    ids[j] = static_cast<int32_t>(best);
-    biased[best] = -kInfinity;
+    ids[j] = static_cast<int32_t>(argmax(biased, p.experts));
+    biased[ids[j]] = kNaN;
   }
 }
 

@@ -79,6 +79,19 @@ def test_route_survives_bad_logits():
     assert 3 not in results[0][0]
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("bad", ["bias", "logits"])
+def test_route_stays_in_the_best_groups(bad, implementation):
+    """Minus infinity, as a bias that rules experts out, and NaN come last in their group, but before other groups."""
+    logits, bias = np.zeros((1, 8), np.float32), np.asarray([0, 0, 0, 0, 1, 1, 0, 0], np.float32)
+    if bad == "bias":
+        bias[6:] = -np.inf
+    else:
+        logits[:, 6:] = np.nan
+    ids, _ = jaxkern.route(logits, bias, top_k=4, num_groups=2, topk_groups=1, implementation=implementation)
+    np.testing.assert_array_equal(ids, [[4, 5, 6, 7]])
+
+
 def test_route_errors():
     logits, bias = jnp.zeros((4, 16)), jnp.zeros(16)
     with pytest.raises(ValueError, match="route: num_groups=3 must divide e=16"):

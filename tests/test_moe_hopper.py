@@ -50,8 +50,9 @@ def route_by_hand(scores, bias, num_groups, topk_groups, top_k):
         groups = np.sort(biased, axis=1)[:, -2:].sum(1)
     best = np.argsort(np.where(np.isnan(groups), np.inf, -groups), kind="stable")[:topk_groups]
     rest = np.setdiff1d(np.arange(num_groups), best)
-    biased[rest] = -np.inf
-    return np.argsort(-biased.reshape(-1), kind="stable")[:top_k]
+    excluded = np.zeros_like(biased)
+    excluded[rest] = 1
+    return np.lexsort((-biased.reshape(-1), excluded.reshape(-1)))[:top_k]
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ struct ChooseExperts {
     }
   }
 
-  // Leaves the experts of the best groups as they are, the others last.
+  // Leaves the experts of the best groups as they are; the others are not to be chosen.
   DEVICE static void choose_groups(const Params& p, SortKeys<most_experts>& experts,
                                    SortKeys<most_expert_groups>& groups) {
     int size = p.experts / p.groups;
@@ -68,7 +68,7 @@ struct ChooseExperts {
     syncwarp();
     choose(groups, p.groups, p.topk_groups, [](int, int) {});
     for (int i = lane_index(); i < p.experts; i += warp_size)
-      if (load(groups[i / size]) != taken) store(experts[i], last);
+      if (load(groups[i / size]) != taken) store(experts[i], taken);
     syncwarp();
   }
 

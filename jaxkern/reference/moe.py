@@ -14,9 +14,9 @@ def route(scores, bias, *, num_groups, topk_groups, top_k):
     groups = biased.reshape(t, num_groups, experts // num_groups)
     group_scores = _nan_last(jax.lax.top_k(groups, min(2, groups.shape[-1]))[0].sum(-1))
     best = jax.lax.top_k(group_scores, topk_groups)[1]
-    kept = (best[:, :, None] == jnp.arange(num_groups)).any(1)
-    biased = jnp.where(kept[:, :, None], groups, -jnp.inf).reshape(t, experts)
-    return (jax.lax.top_k(biased, top_k)[1].astype(jnp.int32),)
+    excluded = (best[:, :, None] != jnp.arange(num_groups)).all(1).repeat(experts // num_groups, axis=1)
+    order = jnp.lexsort((-biased, excluded))  # an expert of the best groups, minus infinity or not, before all others
+    return (order[:, :top_k].astype(jnp.int32),)
 
 
 def assign_slots(ids, *, num_groups, rows, slabs, alignment):
