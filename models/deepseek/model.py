@@ -473,8 +473,12 @@ class Norm(nnx.Module):
 
     def __call__(self, x):
         x32 = x.astype(jnp.float32)
+        # XLA:CPU's order of additions depends on the number of rows; written out they are several kernels on a GPU.
+        total = jax.lax.platform_dependent(
+            x32 * x32, cpu=jaxkern.sum_in_order, default=functools.partial(jnp.sum, axis=-1, keepdims=True)
+        )
         # Not rsqrt: XLA:CPU's is an approximation, with other bits for four rows at a time than for one.
-        x32 = x32 * jnp.sqrt(1 / (jaxkern.sum_in_order(x32 * x32) / x.shape[-1] + self.eps))
+        x32 = x32 * jnp.sqrt(1 / (total / x.shape[-1] + self.eps))
         return self.weight[...].astype(x.dtype) * x32.astype(x.dtype)
 
 
