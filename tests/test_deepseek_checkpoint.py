@@ -1,6 +1,8 @@
 """Checkpoints: what is read is written back to the bit, and what does not fit is named."""
 
+import itertools
 import json
+import pathlib
 import shutil
 
 import jax
@@ -15,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxkern
 from jaxkern.models import deepseek
+from jaxkern.models.deepseek import checkpoint
 
 CASES = ["v3-tiny", "v3-latent512", "v3-padded", "v3-fp8", "v3-mtp"]
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
@@ -55,6 +58,57 @@ def test_round_trip_in_shards_from_a_mesh(case, kind, tmp_path):
     again.save_pretrained(tmp_path)
     assert raw_tensors(tmp_path) == tensors
     assert not (tmp_path / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize("limits", [(20_000, 20_000), (20_000, 10**9), (10**9, 20_000)])
+def test_an_interrupted_save_leaves_one_model_or_none(limits, tmp_path, monkeypatch):
+    """Stopped before each of its writes, renames and removals in turn."""
+    old, new = small_model(seed=0), small_model(seed=1)
+    steps = 0
+
+    def stopping(change):
+        def changed(*args, **options):
+            nonlocal steps
+            steps -= 1
+            if steps < 0:
+                raise KeyboardInterrupt
+            return change(*args, **options)
+
+        return changed
+
+    def content(path):
+        files = checkpoint.Files(path)
+        return {name: files.read(name).tobytes() for name in files}
+
+    old.save_pretrained(tmp_path, max_shard_bytes=limits[0])
+    before = content(tmp_path)
+    new.save_pretrained(tmp_path / "new", max_shard_bytes=limits[1])
+    after = content(tmp_path / "new")
+    found = []
+    for stop in itertools.count():
+        steps = 10**9
+        old.save_pretrained(tmp_path, max_shard_bytes=limits[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_write", stopping(checkpoint._write))
+            patch.setattr(checkpoint.os, "replace", stopping(checkpoint.os.replace))
+            for name in ("unlink", "write_text"):
+                patch.setattr(pathlib.Path, name, stopping(getattr(pathlib.Path, name)))
+            steps = stop
+            try:
+                new.save_pretrained(tmp_path, max_shard_bytes=limits[1])
+            except KeyboardInterrupt:
+                pass
+        try:
+            found.append([before, after].index(content(tmp_path)))
+        except FileNotFoundError as error:
+            assert "neither" in str(error)
+            found.append(None)
+        if steps >= 0:
+            break
+    assert found[0] == 0 and None in found and found[-1] == 1 and found == sorted(found, key=[0, None, 1].index)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == sorted(
+        p.name for p in (tmp_path / "new").iterdir()
+    )
 
 
 def test_a_device_holds_only_its_experts():
