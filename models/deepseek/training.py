@@ -70,6 +70,7 @@ def make_train_step(
         nonlocal started
         _check_trainable(model)
         batch = _check_batch(model, batch, microbatches)
+        _join_mesh(model.mesh, model)
         _join_mesh(model.mesh, optimizer)
         if len(in_flight) == in_flight.maxlen:
             in_flight[0].block_until_ready()
@@ -238,17 +239,23 @@ def _evaluate(program: Program):
     return run
 
 
-def _join_mesh(mesh, optimizer):
-    """Spreads the optimizer's arrays that are not on the mesh, at first its counters, as the parameters are spread."""
-    state = nnx.state(optimizer)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(state)
-    if mesh is None or all(x.sharding.device_set == set(mesh.devices.flat) for _, x in leaves):
+def _join_mesh(mesh, module: nnx.Module):
+    """Spreads the arrays that are not on the mesh as the parameters are spread: those that were restored from NumPy or
+    from one device, and at first an optimizer's counters."""
+    if mesh is None:
         return
+    state = nnx.state(module)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+    devices = set(mesh.devices.flat)
+
+    def on_mesh(x):
+        return isinstance(x, jax.Array) and x.sharding.device_set == devices
 
     def spread(path, x):
         return jax.device_put(x, NamedSharding(mesh, P(mesh.axis_names) if is_spread(path) and x.ndim else P()))
 
-    nnx.update(optimizer, tree.unflatten([spread(path, x) for path, x in leaves]))
+    if not all(on_mesh(x) for _, x in leaves):
+        nnx.update(module, tree.unflatten([x if on_mesh(x) else spread(path, x) for path, x in leaves]))
 
 
 def _check_trainable(model):
