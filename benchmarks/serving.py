@@ -325,7 +325,7 @@ def traces(model, batch: int, prompt: int, cache_dtype):
     """(name, number of calls, events) of a prefill and of decode steps: the two programs that `generate` runs, here
     one by one, so that a trace holds one of them alone."""
     program, leaves = Program.of(model, inference=True)
-    prefill, decode = _programs(program, (None, False), PAGE)
+    prefill, decode = _programs(program, None, PAGE)
     prompts, mask = random_prompts(model, batch, prompt), np.ones((batch, prompt), np.int32)
     lengths = np.full(batch, prompt + PAGE - 1)
     table, pages = reserve_pages(lengths, prompt // PAGE + 1, PAGE, program.devices)

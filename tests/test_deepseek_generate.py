@@ -107,7 +107,9 @@ def test_sampling(model):
     greedy = draw(temperature=0.0)
     np.testing.assert_array_equal(draw(top_k=1), greedy)
     np.testing.assert_array_equal(draw(top_p=1e-6), greedy)
-    np.testing.assert_array_equal(draw(temperature=1e-4), greedy)
+    for temperature in (1e-4, 1.2e-38, 1e-38, 1e-300):  # the last two are 0 in float32
+        np.testing.assert_array_equal(draw(temperature=temperature), greedy)
+    np.testing.assert_array_equal(draw(seed=1, top_p=1.0, top_k=64), a)  # they drop nothing
 
 
 def test_draws_do_not_depend_on_the_mesh(model):
@@ -128,10 +130,32 @@ def test_distribution_of_sample():
         drawn = jax.jit(sample, static_argnums=3)(logits, rows, jnp.int32(3), (top_k, top_p is not None), *scalars)
         return np.bincount(drawn, minlength=5) / rows.size
 
+    np.testing.assert_allclose(frequencies(None, None), probabilities, atol=0.015)
     np.testing.assert_allclose(frequencies(5, None), probabilities, atol=0.015)
     np.testing.assert_allclose(frequencies(2, None), [0, 4 / 7, 0, 3 / 7, 0], atol=0.015)
-    np.testing.assert_allclose(frequencies(5, 0.8), [0, 8 / 17, 0, 6 / 17, 3 / 17], atol=0.015)
+    np.testing.assert_allclose(frequencies(None, 0.8), [0, 8 / 17, 0, 6 / 17, 3 / 17], atol=0.015)
     np.testing.assert_allclose(frequencies(5, 0.69), [0, 4 / 7, 0, 3 / 7, 0], atol=0.015)
+
+
+@pytest.mark.parametrize("temperature", [1e-37, 1.2e-38])
+def test_a_tiny_temperature_takes_the_likeliest(temperature):
+    logits = jnp.array([[10.0, 30.0, 29.9, -5.0], [-7.0, -9.0, -8.0, -7.1]])
+    for sampling in ((None, False), (3, False), (None, True)):
+        scalars = np.uint32(0), np.float32(temperature), np.float32(0.9)
+        drawn = jax.jit(sample, static_argnums=3)(logits, jnp.arange(2), jnp.int32(0), sampling, *scalars)
+        np.testing.assert_array_equal(drawn, [1, 0])
+
+
+@pytest.mark.parametrize(
+    "options, sorts", [({}, False), ({"top_p": 1.0}, False), ({"top_k": 8}, True), ({"top_p": 0.9}, True)]
+)
+def test_what_drops_nothing_sorts_nothing(model, options, sorts, monkeypatch):
+    calls = []
+    top_k = jax.lax.top_k
+    monkeypatch.setattr(jax.lax, "top_k", lambda x, k: calls.append(x.shape) or top_k(x, k))
+    _programs.cache_clear()
+    deepseek.generate(model, tokens(2, 9), max_new_tokens=2, temperature=0.7, page_size=16, **options)
+    assert any(shape == (2, 64) for shape in calls) == sorts
 
 
 def test_nothing_is_compiled_twice(model):
@@ -141,7 +165,7 @@ def test_nothing_is_compiled_twice(model):
     run()
     _programs.cache_clear()
     run(seed=1)
-    prefill, decode = _programs(Program.of(model, inference=True)[0], (64, False), 16)
+    prefill, decode = _programs(Program.of(model, inference=True)[0], (None, False), 16)
     assert _programs.cache_info().misses == 1  # the same functions
     run(seed=2)
     deepseek.generate(model, tokens(2, 12), max_new_tokens=4, temperature=0.9, page_size=16)
@@ -190,7 +214,7 @@ def test_an_fp8_cache_is_one_of_rounded_rows(devices, monkeypatch):
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_step_copies_no_cache(model, packed):
     program, leaves = Program.of(model)
-    prefill, decode = _programs(program, (None, False), 16)
+    prefill, decode = _programs(program, None, 16)
     table = np.arange(4, dtype=np.int32).reshape(2, 2)
     fixed = np.zeros(0, np.int32), (np.uint32(0), np.float32(0), np.float32(1))
     token, state = prefill(leaves, tokens(2, 16), np.ones((2, 16), int), table, *fixed, pages=5000, packed=packed)

@@ -33,12 +33,12 @@ def generate(
     Shapes and dtypes: input_ids int [b, s]; attention_mask [b, s] of 0 and 1, the 1s next to each other, padding
         usually on the left; result int32 [b, max_new_tokens] on the host, without the prompt. After a row's stop token
         the row is filled with that token.
-    Units: temperature 0 takes the likeliest token. Otherwise logits are divided by it, all but the top_k largest are
-        dropped, then all outside the smallest set whose probability reaches top_p, and one token is drawn. A row's
-        draws depend on seed, row and step alone, not on the mesh. eos_token_id: the token or tokens that stop a row;
-        None means the config's, () none. A row takes the pages of page_size tokens that its own real tokens and
-        max_new_tokens fill, in the activations' dtype; with cache_dtype "fp8" packed, in about half the memory of
-        bfloat16 (`kv_cache.pack`): what a token attends to is then rounded, except within the prompt.
+    Units: temperature 0 (or below float32's 1.2e-38) takes the likeliest token. Otherwise logits are divided by it, all
+        but the top_k largest are dropped, then all outside the smallest set whose probability reaches top_p, and one
+        token is drawn. A row's draws depend on seed, row and step alone, not on the mesh. eos_token_id: the token or
+        tokens that stop a row; None means the config's, () none. A row takes the pages of page_size tokens that its own
+        real tokens and max_new_tokens fill, in the activations' dtype; with cache_dtype "fp8" packed, in about half the
+        memory of bfloat16 (`kv_cache.pack`): what a token attends to is then rounded, except within the prompt.
     Sharding: the model's mesh; each device decodes its own rows, whose pages it holds.
     Gradient: none.
     Implementations: `model.implementation`.
@@ -66,7 +66,10 @@ def generate(
     if not stops_early:
         stops = np.full(1, -1, np.int32)  # no token; of an empty array on a mesh JAX 0.11.2 crashes
     vocab = model.config.vocab_size
-    sampling = (None if temperature == 0 else min(top_k or vocab, vocab), top_p is not None)
+    sampling = None
+    if temperature >= np.finfo(np.float32).tiny:  # a smaller one is a float32 zero on the device
+        # Of what drops nothing there is no trace in the program: it would sort the vocabulary for it.
+        sampling = (None if top_k is None or top_k >= vocab else top_k, top_p is not None and top_p < 1)
     scalars = (np.uint32(seed & 0xFFFFFFFF), np.float32(temperature), np.float32(1.0 if top_p is None else top_p))
 
     program, leaves = Program.of(model, inference=True)
@@ -171,11 +174,17 @@ def _programs(program: Program, sampling: tuple, page_size: int):
 
 
 def sample(logits, rows, step, sampling, seed, temperature, top_p):
-    """One token of each row of logits [b, vocab]; rows [b] and step choose the random numbers."""
-    top_k, uses_top_p = sampling
-    if top_k is None:
+    """One token of each row of logits [b, vocab]; rows [b] and step choose the random numbers.
+
+    sampling: None takes the likeliest, otherwise (how many of the largest stay or None, whether top_p cuts them).
+    """
+    if sampling is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits, tokens = jax.lax.top_k(logits / temperature, top_k)  # in falling order
+    top_k, uses_top_p = sampling
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature  # at most 0: no temperature makes it overflow
+    tokens = None
+    if top_k is not None or uses_top_p:
+        logits, tokens = jax.lax.top_k(logits, top_k or logits.shape[-1])  # in falling order
     if uses_top_p:
         probabilities = jax.nn.softmax(logits, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
@@ -186,4 +195,5 @@ def sample(logits, rows, step, sampling, seed, temperature, top_p):
         return jax.random.categorical(key, logits)
 
     drawn = jax.vmap(draw)(rows, logits)
-    return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    drawn = drawn if tokens is None else jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0]
+    return drawn.astype(jnp.int32)
