@@ -332,11 +332,11 @@ def traces(model, batch: int, prompt: int, cache_dtype):
     fixed = np.full(1, -1, np.int32), (np.uint32(0), np.float32(0), np.float32(1))
 
     def first():
-        return prefill(leaves, prompts, mask, table, *fixed, pages=pages, packed=cache_dtype == "fp8")
+        return prefill(leaves, prompts, mask, table, *fixed, pages=pages, packed=cache_dtype == "fp8")[:2]
 
     def steps(token, state, count):
         for _ in range(count):
-            token, state = decode(leaves, token, state, *fixed)
+            token, state, _ = decode(leaves, token, state, *fixed)
         return jax.block_until_ready((token, state))
 
     token, state = steps(*first(), 2)  # warm

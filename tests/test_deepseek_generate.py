@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 from jaxkern import kv_cache
 from jaxkern.models import deepseek
 from jaxkern.models.deepseek.generate import _programs, reserve_pages, sample
-from jaxkern.models.deepseek.model import Program, head
+from jaxkern.models.deepseek.model import Program, fetch, head
 
 CASES = ["v3-tiny", "v3-latent512", "v3-padded", "v3-fp8", "v3-mtp"]
 
@@ -79,6 +79,29 @@ def test_stop_tokens(model):
         assert (got[row, at:] == free[row, at]).all()
     first = deepseek.generate(model, ids[:1], max_new_tokens=6, eos_token_id=int(free[0, 0]), page_size=16)
     assert (first == free[0, 0]).all() and first.shape == (1, 6)
+
+
+@pytest.mark.parametrize("devices, progress", [(None, False), (None, True), (2, False)])
+def test_stopping_ends_early(model, devices, progress, monkeypatch):
+    """Steps are launched ahead of the check: a few too many, which change nothing."""
+    on = small_model(mesh(devices)) if devices else model
+    ids, options = tokens(3, 9), {"max_new_tokens": 40, "page_size": 16}  # three rows do not fill two devices
+    free = deepseek.generate(on, ids, eos_token_id=(), **options)
+    stops = {int(row[2 * i]) for i, row in enumerate(free)}
+    ends = [next(i for i, token in enumerate(row) if token in stops) for row in free.tolist()]
+    want = np.array([[*row[:end], *[row[end]] * (40 - end)] for row, end in zip(free.tolist(), ends, strict=True)])
+    calls, fetched = [], []
+
+    def counted(*args):
+        prefill, decode = _programs(*args)
+        return prefill, lambda *args: calls.append(1) or decode(*args)
+
+    monkeypatch.setitem(deepseek.generate.__globals__, "_programs", counted)
+    monkeypatch.setitem(deepseek.generate.__globals__, "fetch", lambda x: fetched.append(1) or fetch(x))
+    got = deepseek.generate(on, ids, eos_token_id=sorted(stops), progress=progress, **options)
+    np.testing.assert_array_equal(got, want)
+    assert max(ends) <= len(calls) <= max(ends) + (1 if progress else 8)
+    assert len(fetched) == 40  # the result's tokens alone: across processes each is a collective
 
 
 def test_the_config_stops(model):
@@ -217,7 +240,7 @@ def test_a_step_copies_no_cache(model, packed):
     prefill, decode = _programs(program, None, 16)
     table = np.arange(4, dtype=np.int32).reshape(2, 2)
     fixed = np.zeros(0, np.int32), (np.uint32(0), np.float32(0), np.float32(1))
-    token, state = prefill(leaves, tokens(2, 16), np.ones((2, 16), int), table, *fixed, pages=5000, packed=packed)
+    token, state, _ = prefill(leaves, tokens(2, 16), np.ones((2, 16), int), table, *fixed, pages=5000, packed=packed)
     size = sum(x.nbytes for x in state["cache"])
     assert size == 2 * 5000 * 16 * (kv_cache.row_bytes(16, 8) if packed else 24 * 4)
     memory = decode.lower(leaves, token, state, *fixed).compile().memory_analysis()

@@ -80,17 +80,20 @@ def generate(
     mask = np.pad(mask, ((0, 0), (0, prompt - s)))
     width = -(-(s + max_new_tokens) // page_size)
     table, pages = reserve_pages(mask.sum(1) + max_new_tokens, width, page_size, program.devices)
-    token, state = prefill(leaves, ids, mask, table, stops, scalars, pages=pages, packed=cache_dtype == "fp8")
-    tokens = [token]
+    token, state, going = prefill(leaves, ids, mask, table, stops, scalars, pages=pages, packed=cache_dtype == "fp8")
+    tokens, goings = [token], [going]
+    # The host waits for an earlier step than the last, so that the devices always have the next one. XLA:CPU lets 32
+    # steps be in flight on a device and then blocks its launches, which deadlocks collectives.
+    in_flight = 1 if progress else 8
     with tqdm.tqdm(total=max_new_tokens, disable=not progress, unit="token", desc="generate") as bar:
         bar.update()
         for _ in range(1, max_new_tokens):
-            if stops_early and not fetch(state["active"]).any():
+            going = goings[-min(len(goings), in_flight)].block_until_ready()
+            if stops_early and not going:  # the steps after it only repeated the stop tokens
                 break
-            token, state = decode(leaves, token, state, stops, scalars)
+            token, state, going = decode(leaves, token, state, stops, scalars)
             tokens.append(token)
-            # XLA:CPU lets 32 steps be in flight on a device and then blocks its launches, which deadlocks collectives.
-            tokens[-min(len(tokens), 1 if progress else 8)].block_until_ready()
+            goings.append(going)
             bar.update()
     tokens += [token] * (max_new_tokens - len(tokens))
     return np.stack([fetch(token) for token in tokens], axis=1)[:b]
@@ -118,14 +121,17 @@ def _programs(program: Program, sampling: tuple, page_size: int):
     """The two compiled steps: `prefill`, and `decode`, which owns the state and updates its cache in place."""
     config, run, rows = program.config, program.run, program.rows
     state_specs = {"cache": rows, "block_table": rows, "seq_lens": rows, "active": rows, "rows": rows, "step": jax.P()}
+    out_specs = (rows, state_specs, jax.P())
 
     def next_token(parts, x, previous, state, stops, scalars):
-        """x [b, hidden] of each row's last token -> its next token, whether the row goes on."""
+        """x [b, hidden] of each row's last token -> its next token, the state, how many rows of all devices go on."""
         logits = head(parts, x, run)
         token = sample(logits, state["rows"], state["step"], sampling, *scalars)
         token = jnp.where(state["active"], token, previous)
         active = state["active"] & ~(token[:, None] == stops).any(1)
-        return token, {**state, "active": active, "step": state["step"] + 1}
+        going = active.sum(dtype=jnp.int32)
+        going = going if run.axis_name is None else jax.lax.psum(going, run.axis_name)
+        return token, {**state, "active": active, "step": state["step"] + 1}, going
 
     def prefill_body(parts, ids, mask, row_ids, block_table, stops, scalars, pages, packed):
         s = ids.shape[1]
@@ -163,12 +169,12 @@ def _programs(program: Program, sampling: tuple, page_size: int):
         batch = program.place_batch(ids, mask, row_ids, block_table)
         body = functools.partial(prefill_body, pages=pages, packed=packed)
         specs = (rows, rows, rows, rows, jax.P(), jax.P())
-        return program.map(body, specs, (rows, state_specs))(leaves, *batch, stops, scalars)
+        return program.map(body, specs, out_specs)(leaves, *batch, stops, scalars)
 
     @functools.partial(jax.jit, donate_argnames="state")
     def decode(leaves, token, state, stops, scalars):
         specs = (rows, state_specs, jax.P(), jax.P())
-        return program.map(decode_body, specs, (rows, state_specs))(leaves, token, state, stops, scalars)
+        return program.map(decode_body, specs, out_specs)(leaves, token, state, stops, scalars)
 
     return prefill, decode
 
