@@ -39,7 +39,8 @@ def generate(
         tokens that stop a row; None means the config's, () none. A row takes the pages of page_size tokens that its own
         real tokens and max_new_tokens fill, in the activations' dtype; with cache_dtype "fp8" packed, in about half the
         memory of bfloat16 (`kv_cache.pack`): what a token attends to is then rounded, except within the prompt.
-    Sharding: the model's mesh; each device decodes its own rows, whose pages it holds.
+    Sharding: the model's mesh; each device decodes its own rows, whose pages it holds. Of the inputs: any, also spread
+        over the processes.
     Gradient: none.
     Implementations: `model.implementation`.
     Errors: ValueError for an empty row, a max_new_tokens below 1, a sampling parameter out of range, or packed pages of
@@ -47,6 +48,8 @@ def generate(
     Compiled once for each shape: batch, prompt rounded up to pages, pages of the longest result, and pages of a row on
     average, rounded up, on the device that has most.
     """
+    # The lengths of rows decide how many pages there are: the whole batch comes to every process.
+    input_ids, attention_mask = (fetch(x) if isinstance(x, jax.Array) else x for x in (input_ids, attention_mask))
     input_ids, attention_mask = check_inputs(model.config, input_ids, attention_mask)
     b, s = input_ids.shape
     for holds, message in (
@@ -56,7 +59,7 @@ def generate(
         (top_p is None or 0 < top_p <= 1, f"top_p must be in (0, 1], got {top_p}"),
         (page_size >= 1, f"page_size must be positive, got {page_size}"),
         (cache_dtype in (None, "fp8"), f"cache_dtype must be None or 'fp8', got {cache_dtype!r}"),
-        (attention_mask is None or np.asarray(attention_mask).any(1).all(), "every row needs a real token"),
+        (attention_mask is None or attention_mask.any(1).all(), "every row needs a real token"),
     ):
         if not holds:
             raise ValueError(f"generate: {message}")
@@ -75,8 +78,8 @@ def generate(
     program, leaves = Program.of(model, inference=True)
     prompt = -(-s // page_size) * page_size
     prefill, decode = _programs(program, sampling, page_size)
-    mask = np.ones((b, s), np.int32) if attention_mask is None else np.asarray(attention_mask)
-    ids = np.pad(np.asarray(input_ids), ((0, 0), (0, prompt - s)))
+    mask = np.ones((b, s), np.int32) if attention_mask is None else attention_mask
+    ids = np.pad(input_ids, ((0, 0), (0, prompt - s)))
     mask = np.pad(mask, ((0, 0), (0, prompt - s)))
     width = -(-(s + max_new_tokens) // page_size)
     table, pages = reserve_pages(mask.sum(1) + max_new_tokens, width, page_size, program.devices)
