@@ -168,7 +168,7 @@ def bytes_of(config: deepseek.Config, devices: int) -> dict[str, float]:
     for path, _, x in variables(config)[2]:
         name = "experts" if is_spread(path) else "embedding" if "embed_tokens" in str(path) else "others"
         found[name] += x.size * x.dtype.itemsize / (devices if name == "experts" else 1)
-    return dict(found)
+    return found  # 0 for experts where there are none
 
 
 def describe(config: deepseek.Config, devices: int) -> dict:
