@@ -239,6 +239,33 @@ def test_what_is_no_checkpoint(tmp_path):
         small_model().save_pretrained(tmp_path, max_shard_bytes=0)
 
 
+def test_what_is_no_folder():
+    for path in ("nowhere", "deepseek-ai/DeepSeek-V3"):
+        with pytest.raises(FileNotFoundError, match=f"{path} is not there; it takes a local folder"):
+            deepseek.from_pretrained(path)
+    for file in ("config.json", "model.safetensors"):
+        with pytest.raises(ValueError, match=f"{file} is a file; from_pretrained takes the folder"):
+            deepseek.from_pretrained(GOLDEN / "v3-tiny" / file)
+
+
+@pytest.mark.parametrize(
+    "file, content, error",
+    [
+        ("config.json", b"{bad", "config.json is not JSON"),
+        ("config.json", b"[]", "config.json must hold a JSON object, got a list"),
+        ("model.safetensors.index.json", b"{}", "model.safetensors.index.json has no weight_map"),
+        ("model.safetensors.index.json", b"", "model.safetensors.index.json is not JSON"),
+        ("model.safetensors", (2).to_bytes(8, "little") + b"[]", "model.safetensors: .* its header is no JSON object"),
+        ("model.safetensors", (8).to_bytes(8, "little") + b'{"a": 1}', "model.safetensors: not a readable"),
+    ],
+)
+def test_a_damaged_file_is_named(file, content, error, tmp_path):
+    small_model().save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=error):
+        deepseek.from_pretrained(tmp_path)
+
+
 def test_further_layers_are_dequantised_with_the_model(tmp_path):
     """An FP8 checkpoint with a multi-token-prediction layer, as the release is: no FP8 is left in the copy."""
     model = deepseek.from_pretrained(GOLDEN / "v3-fp8")

@@ -345,5 +345,16 @@ def test_errors(model):
         deepseek.generate(small_model(kv_lora_rank=18), ids, max_new_tokens=1, cache_dtype="fp8")
     with pytest.raises(ValueError, match="every row needs a real token"):
         deepseek.generate(model, ids, max_new_tokens=1, attention_mask=np.array([[1, 1, 1], [0, 0, 0]]))
+    for options in (
+        {"max_new_tokens": 2.0},
+        {"top_k": 2.5},
+        {"page_size": 64.0},
+        {"seed": None},
+        {"eos_token_id": 1.7},
+    ):
+        with pytest.raises(TypeError, match=f"generate: {[*options][0]} must be (an integer|integers), got "):
+            deepseek.generate(model, ids, **{"max_new_tokens": 1, "temperature": 1.0} | options)
+    with pytest.raises(ValueError, match="input_ids must have rows of one length"):
+        deepseek.generate(model, [[1, 2, 3], [1, 2]], max_new_tokens=1)
     with pytest.raises(ValueError, match="row 0 has holes"):
         deepseek.generate(model, ids, max_new_tokens=1, attention_mask=np.array([[1, 0, 1], [1, 1, 1]]))

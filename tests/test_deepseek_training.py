@@ -227,6 +227,8 @@ def test_errors():
         train(model, batch={"input_ids": tokens(2, 1)})
     with pytest.raises(ValueError, match="loss_mask must have input_ids's shape"):
         train(model, batch=BATCH | {"loss_mask": np.ones((4, 2), np.int32)})
+    with pytest.raises(TypeError, match="evaluate: batches must be a list.* got one dict"):
+        deepseek.evaluate(model, BATCH)
     with pytest.raises(ValueError, match="no token to predict"):
         deepseek.evaluate(model, [])
     with pytest.raises(ValueError, match="attention_dropout"):

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxkern
-from jaxkern.models.deepseek.config import Config
+from jaxkern.models.deepseek.config import Config, read_json
 from jaxkern.models.deepseek.model import (
     WEIGHT_BLOCK,
     DeepseekForCausalLM,
@@ -50,6 +50,8 @@ def from_pretrained(path, *, mesh=None, dtype=None, quantized: bool = True) -> D
         as they are (dequantised with quantized=False), for `save_pretrained`.
     """
     path = pathlib.Path(path)
+    if path.is_file():
+        raise ValueError(f"{path} is a file; from_pretrained takes the folder that holds the checkpoint")
     config = Config.from_hf(path)
     check_mesh(config, mesh)
     files = Files(path)
@@ -304,7 +306,9 @@ class Files(dict[str, Stored]):
     def __init__(self, path: pathlib.Path):
         self.path = path
         if (path / INDEX).exists():
-            where = json.loads((path / INDEX).read_text())["weight_map"]
+            where = read_json(path / INDEX).get("weight_map")
+            if not isinstance(where, dict):
+                raise ValueError(f"{path / INDEX} has no weight_map")
             headers = {file: _header(path / file) for file in sorted(set(where.values()))}
             for name, file in where.items():
                 if name not in headers[file]:
@@ -332,6 +336,8 @@ def _header(file: pathlib.Path) -> dict[str, Stored]:
             if length > size:
                 raise ValueError("its header is longer than the file")
             header = json.loads(f.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
         header.pop("__metadata__", None)
         tensors = {}
         for name, tensor in header.items():
@@ -341,7 +347,7 @@ def _header(file: pathlib.Path) -> dict[str, Stored]:
                 raise ValueError(f"tensor {name} does not fit in it")
             tensors[name] = Stored(file, dtype, shape, 8 + length + begin)
         return tensors
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not a readable safetensors file: {error}") from error
 
 

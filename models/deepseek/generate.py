@@ -1,6 +1,7 @@
 """Generation: the prompt through expanded attention into a paged cache, then one token a step through absorbed MLA."""
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,7 +11,16 @@ import numpy as np
 import tqdm
 
 import jaxkern
-from jaxkern.models.deepseek.model import DeepseekForCausalLM, Program, bounds, check_inputs, fetch, head, roll_rows
+from jaxkern.models.deepseek.model import (
+    DeepseekForCausalLM,
+    Program,
+    bounds,
+    check_inputs,
+    fetch,
+    head,
+    integers,
+    roll_rows,
+)
 
 
 def generate(
@@ -43,8 +53,8 @@ def generate(
         over the processes.
     Gradient: none.
     Implementations: `model.implementation`.
-    Errors: ValueError for an empty row, a max_new_tokens below 1, a sampling parameter out of range, or packed pages of
-        a kv_lora_rank that is no multiple of 4.
+    Errors: TypeError for what must be an integer and is none; ValueError for an empty row, a max_new_tokens below 1, a
+        sampling parameter out of range, or packed pages of a kv_lora_rank that is no multiple of 4.
     Compiled once for each shape: batch, prompt rounded up to pages, pages of the longest result, and pages of a row on
     average, rounded up, on the device that has most.
     """
@@ -52,6 +62,10 @@ def generate(
     input_ids, attention_mask = (fetch(x) if isinstance(x, jax.Array) else x for x in (input_ids, attention_mask))
     input_ids, attention_mask = check_inputs(model.config, input_ids, attention_mask)
     b, s = input_ids.shape
+    max_new_tokens = _integer("max_new_tokens", max_new_tokens)
+    page_size = _integer("page_size", page_size)
+    seed = _integer("seed", seed)
+    top_k = None if top_k is None else _integer("top_k", top_k)
     for holds, message in (
         (max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {max_new_tokens}"),
         (temperature >= 0, f"temperature must not be negative, got {temperature}"),
@@ -64,10 +78,11 @@ def generate(
         if not holds:
             raise ValueError(f"generate: {message}")
     stops = model.config.eos_token_id if eos_token_id is None else eos_token_id
-    stops = np.atleast_1d(np.asarray(() if stops is None else stops, np.int32))
+    stops = np.ravel(() if stops is None else stops)
     stops_early = len(stops) > 0
     if not stops_early:
-        stops = np.full(1, -1, np.int32)  # no token; of an empty array on a mesh JAX 0.11.2 crashes
+        stops = np.full(1, -1)  # no token; of an empty array on a mesh JAX 0.11.2 crashes
+    stops = integers("generate: eos_token_id", stops).astype(np.int32)
     vocab = model.config.vocab_size
     sampling = None
     if temperature >= np.finfo(np.float32).tiny:  # a smaller one is a float32 zero on the device
@@ -100,6 +115,13 @@ def generate(
             bar.update()
     tokens += [token] * (max_new_tokens - len(tokens))
     return np.stack([fetch(token) for token in tokens], axis=1)[:b]
+
+
+def _integer(name: str, value) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"generate: {name} must be an integer, got {value!r}") from None
 
 
 def reserve_pages(tokens, width: int, page_size: int, devices: int) -> tuple[np.ndarray, int]:

@@ -3,7 +3,7 @@
 import collections
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -87,8 +87,10 @@ def make_train_step(
 def evaluate(model: DeepseekForCausalLM, batches: Iterable[dict]) -> float:
     """The mean next-token cross-entropy over all predicted tokens of the batches, each as `make_train_step` takes it.
 
-    Errors: ValueError if no batch has a token to predict.
+    Errors: TypeError for one batch instead of several, ValueError if no batch has a token to predict.
     """
+    if isinstance(batches, Mapping):
+        raise TypeError("evaluate: batches must be a list, or any other iterable, of dicts; got one dict")
     program, leaves = Program.of(model)
     total, tokens = 0.0, 0.0
     for batch in batches:
