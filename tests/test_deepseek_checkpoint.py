@@ -140,6 +140,17 @@ def test_dtypes(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
+def test_the_routers_bias_is_written_in_float32(tmp_path):
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    bias = np.linspace(-1, 1, 8).astype(jnp.bfloat16)
+    small_model().save_pretrained(tmp_path)
+    before = raw_tensors(tmp_path)
+    tensors = {n: x for n, x in load_file(tmp_path / "model.safetensors").items()} | {name: bias}
+    checkpoint._write(tmp_path / "model.safetensors", tensors)
+    deepseek.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert raw_tensors(tmp_path) == before | {name: ("F32", (8,), bias.astype(np.float32).tobytes())}
+
+
 def test_dequantized_save_has_no_quantization(tmp_path):
     deepseek.from_pretrained(GOLDEN / "v3-fp8", quantized=False).save_pretrained(tmp_path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())

@@ -74,7 +74,7 @@ def save_pretrained(model: DeepseekForCausalLM, path, *, max_shard_bytes: int = 
     """Writes a checkpoint folder in the layout that `from_pretrained` reads, and that other libraries do.
 
     Shapes and dtypes: parameters as they are in the model. What was loaded and not changed is written back identical:
-        names, bits, dtypes and config.json.
+        names, bits, dtypes and config.json; but the router's bias is float32, whatever it was read from.
     Units: max_shard_bytes of tensors go into one file; a tensor is never cut. One file has no index. The folder's
         earlier config.json, model.safetensors, model-*-of-*.safetensors and their index are replaced once all tensors
         are written beside them. A save that is interrupted leaves the earlier checkpoint, or one that does not load.
