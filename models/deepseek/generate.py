@@ -106,9 +106,10 @@ def generate(
     with tqdm.tqdm(total=max_new_tokens, disable=not progress, unit="token", desc="generate") as bar:
         bar.update()
         for _ in range(1, max_new_tokens):
-            going = goings[-min(len(goings), in_flight)].block_until_ready()
-            if stops_early and not going:  # the steps after it only repeated the stop tokens
-                break
+            if len(goings) >= in_flight:
+                going = goings[-in_flight].block_until_ready()
+                if stops_early and not going:  # the steps after it only repeated the stop tokens
+                    break
             token, state, going = decode(leaves, token, state, stops, scalars)
             tokens.append(token)
             goings.append(going)
@@ -142,7 +143,7 @@ def reserve_pages(tokens, width: int, page_size: int, devices: int) -> tuple[np.
 
 
 @functools.lru_cache(maxsize=64)
-def _programs(program: Program, sampling: tuple, page_size: int):
+def _programs(program: Program, sampling: tuple | None, page_size: int):
     """The two compiled steps: `prefill`, and `decode`, which owns the state and updates its cache in place."""
     config, run, rows = program.config, program.run, program.rows
     state_specs = {"cache": rows, "block_table": rows, "seq_lens": rows, "active": rows, "rows": rows, "step": jax.P()}
