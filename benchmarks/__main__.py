@@ -15,6 +15,8 @@ parser.add_argument("--quick", action="store_true", help="fewer shapes")
 parser.add_argument("--commit", action="store_true", help="write to benchmarks/results, and the README's table anew")
 parser.add_argument("families", nargs="*", default=FAMILIES, help=f"which of {', '.join(FAMILIES)}; all by default")
 options = parser.parse_args()
+if unknown := [family for family in options.families if family not in FAMILIES]:
+    parser.error(f"there is no family {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
 
 folder = report.RESULTS if options.commit else pathlib.Path("out/bench")
 for family in options.families:

@@ -28,8 +28,10 @@ def main():
     parser.add_argument("--json", type=pathlib.Path, help="where to leave the rows")
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 128])
     options = parser.parse_args()
-    mesh = jax.make_mesh((jax.device_count(),), ("expert",))
     device = jax.devices()[0]
+    if device.platform != "gpu":
+        parser.error(f"this needs GPUs, JAX has {device.platform} devices; benchmarks.moe measures a CPU")
+    mesh = jax.make_mesh((jax.device_count(),), ("expert",))
     print(f"{mesh.size} x {device.device_kind}, JAX {jax.__version__}")
     rows = [row for tokens in options.tokens for skewed in (False, True) for row in measure(mesh, tokens, skewed)]
     if options.json:

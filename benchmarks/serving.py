@@ -168,7 +168,7 @@ def bytes_of(config: deepseek.Config, devices: int) -> dict[str, float]:
     for path, _, x in variables(config)[2]:
         name = "experts" if is_spread(path) else "embedding" if "embed_tokens" in str(path) else "others"
         found[name] += x.size * x.dtype.itemsize / (devices if name == "experts" else 1)
-    return dict(found)
+    return found  # 0 for experts where there are none
 
 
 def describe(config: deepseek.Config, devices: int) -> dict:
@@ -325,7 +325,7 @@ def traces(model, batch: int, prompt: int, cache_dtype):
     """(name, number of calls, events) of a prefill and of decode steps: the two programs that `generate` runs, here
     one by one, so that a trace holds one of them alone."""
     program, leaves = Program.of(model, inference=True)
-    prefill, decode = _programs(program, (None, False), PAGE)
+    prefill, decode = _programs(program, None, PAGE)
     prompts, mask = random_prompts(model, batch, prompt), np.ones((batch, prompt), np.int32)
     lengths = np.full(batch, prompt + PAGE - 1)
     table, pages = reserve_pages(lengths, prompt // PAGE + 1, PAGE, program.devices)
@@ -334,10 +334,10 @@ def traces(model, batch: int, prompt: int, cache_dtype):
     def first():
         return prefill(leaves, prompts, mask, table, *fixed, pages=pages, packed=cache_dtype == "fp8")
 
-    def steps(token, state, absorbed, count):
+    def steps(token, state, going, absorbed, count):
         for _ in range(count):
-            token, state = decode(leaves, absorbed, token, state, *fixed)
-        return jax.block_until_ready((token, state, absorbed))
+            token, state, going = decode(leaves, absorbed, token, state, *fixed)
+        return jax.block_until_ready((token, state, going, absorbed))
 
     decoding = steps(*first(), 2)  # warm
     with Trace() as trace:

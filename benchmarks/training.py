@@ -30,6 +30,8 @@ def main():
     parser.add_argument("--seeds", type=int, default=5, help="pairs of runs, each from weights of its own")
     parser.add_argument("--json", type=pathlib.Path, help="write the ends to this file")
     options = parser.parse_args()
+    if min(options.steps, options.seeds) < 1:
+        parser.error("--steps and --seeds must be at least 1")
 
     runs = [{name: train(name, options.steps, seed) for name in ("bfloat16", "fp8")} for seed in range(options.seeds)]
     for seed, run in enumerate(runs):

@@ -33,11 +33,17 @@ def main():
     parser.add_argument("--microbatches", type=int, default=1, help="gradient accumulation")
     parser.add_argument("--fp8", action="store_true", help="bfloat16 activations, products in FP8")
     options = parser.parse_args()
+    if min(options.steps, options.batch, options.context, options.microbatches) < 1:
+        parser.error("--steps, --batch, --context and --microbatches must be at least 1")
+    if options.batch % options.microbatches:
+        parser.error(f"--microbatches {options.microbatches} must divide --batch {options.batch}")
     if options.devices:
         jax.config.update("jax_num_cpu_devices", options.devices)
 
     encode, _ = text_codec(options.checkpoint)
     text = np.array(encode(options.text.read_text()), np.int32)
+    if len(text) < options.context + 2:
+        parser.error(f"{options.text} has {len(text)} tokens; --context {options.context} needs {options.context + 2}")
     mesh = jax.make_mesh((jax.device_count(),), ("expert",))
     model = deepseek.from_pretrained(options.checkpoint, mesh=mesh, dtype=jnp.float32, quantized=False)
     if options.fp8:
@@ -52,8 +58,9 @@ def main():
             metrics = step(model, optimizer, {"input_ids": rows})
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", dropped=int(metrics["dropped"]))
     model.save_pretrained(options.out)
-    for file in [*options.checkpoint.glob("tokenizer*"), *options.checkpoint.glob("generation_config.json")]:
-        shutil.copy(file, options.out)
+    if options.out.resolve() != options.checkpoint.resolve():
+        for file in [*options.checkpoint.glob("tokenizer*"), *options.checkpoint.glob("generation_config.json")]:
+            shutil.copy(file, options.out)
     print(f"Wrote {options.out}")
 
 

@@ -7,6 +7,7 @@ The experts and the prompts are spread over the devices. Text goes through the f
 """
 
 import argparse
+import json
 import pathlib
 
 import jax
@@ -27,14 +28,18 @@ def main():
     parser.add_argument("--weight-only", action="store_true", help="plain activations for FP8 weights")
     parser.add_argument("--fp8-cache", action="store_true", help="cache pages in FP8, in about half the memory")
     options = parser.parse_args()
+    if options.tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
+        parser.error("--tokens must be at least 1, --temperature at least 0, --top-p in (0, 1]")
     if options.devices:
         jax.config.update("jax_num_cpu_devices", options.devices)
 
     encode, decode = text_codec(options.checkpoint)
+    prompts = [encode(prompt) for prompt in options.prompts]
+    if not all(prompts):
+        parser.error("every prompt needs a token")
     mesh = jax.make_mesh((jax.device_count(),), ("expert",))
     model = deepseek.from_pretrained(options.checkpoint, mesh=mesh)
     model.fp8 &= not options.weight_only
-    prompts = [encode(prompt) for prompt in options.prompts]
     longest = max(map(len, prompts))
     ids = np.array([[0] * (longest - len(p)) + p for p in prompts])
     mask = np.array([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -54,14 +59,25 @@ def main():
 
 
 def text_codec(folder: pathlib.Path):
-    """(text -> ids, ids -> text)."""
+    """(text -> ids, ids -> text). A text begins with the token that tokenizer_config.json wants there."""
+    config = deepseek.Config.from_hf(folder)
     if (folder / "tokenizer.json").exists():
         from tokenizers import Tokenizer
 
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        return lambda text: tokenizer.encode(text).ids, tokenizer.decode
-    if (vocab := deepseek.Config.from_hf(folder).vocab_size) > 256:
-        raise SystemExit(f"{folder} has no tokenizer.json, and a vocabulary of {vocab}, which is more than bytes")
+        settings = folder / "tokenizer_config.json"
+        adds_bos = settings.exists() and json.loads(settings.read_text()).get("add_bos_token")
+        bos = [config.source["bos_token_id"]] if adds_bos else []
+
+        def encode(text):
+            ids = tokenizer.encode(text).ids
+            return ids if ids[:1] == bos else bos + ids  # some tokenizer.json add it themselves
+
+        return encode, tokenizer.decode
+    if config.vocab_size > 256:
+        raise SystemExit(
+            f"{folder} has no tokenizer.json, and a vocabulary of {config.vocab_size}, which is more than bytes"
+        )
     return lambda text: list(text.encode()), lambda ids: bytes(ids).decode("utf-8", "replace")
 
 

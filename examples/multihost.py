@@ -52,6 +52,8 @@ def main():
     parser.add_argument("--tokens", type=int, default=60, help="how many bytes to write")
     parser.add_argument("--out", type=pathlib.Path, help="a folder for the checkpoint, which process 0 writes")
     options = parser.parse_args()
+    if min(options.steps, options.tokens) < 1:
+        parser.error("--steps and --tokens must be at least 1")
 
     mesh = join(options)
     rank, first = jax.process_index(), jax.process_index() == 0
@@ -69,7 +71,7 @@ def main():
 
     text = np.frombuffer((DATA / "tragedies.txt").read_bytes(), np.uint8).astype(np.int32)
     batch = options.batch or 4 * mesh.size
-    schedule = optax.warmup_cosine_decay_schedule(0, 3e-3, options.steps // 10 + 1, options.steps, 1e-4)
+    schedule = optax.warmup_cosine_decay_schedule(0, 3e-3, options.steps // 10 + 1, max(2, options.steps), 1e-4)
     optimizer = nnx.Optimizer(model, deepseek.adamw(schedule), wrt=nnx.Param)
     step = deepseek.make_train_step(balance_factor=1e-3, bias_update_speed=0.01)
     rng = np.random.default_rng(0)  # every process draws the same rows; each device works on its own of them

@@ -53,6 +53,8 @@ def main():
     parser.add_argument("--tune-steps", type=int, default=90, help="fine-tuning steps on the sonnets")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/shakespeare"))
     options = parser.parse_args()
+    if min(options.steps, options.tune_steps) < 1:
+        parser.error("--steps and --tune-steps must be at least 1")
     options.out.mkdir(parents=True, exist_ok=True)
 
     tragedies, tragedies_held_out = split(DATA / "tragedies.txt")
@@ -121,7 +123,7 @@ def held_out_loss(model, text: np.ndarray) -> float:
 
 
 def train(model, text: np.ndarray, steps: int, learning_rate: float, name: str) -> dict[str, np.ndarray]:
-    schedule = optax.warmup_cosine_decay_schedule(0, learning_rate, steps // 10 + 1, steps, learning_rate / 20)
+    schedule = optax.warmup_cosine_decay_schedule(0, learning_rate, steps // 10 + 1, max(2, steps), learning_rate / 20)
     optimizer = nnx.Optimizer(model, deepseek.adamw(schedule), wrt=nnx.Param)
     step = deepseek.make_train_step(balance_factor=1e-3, bias_update_speed=1e-3)
     rng = np.random.default_rng(0)

@@ -156,7 +156,8 @@ def plan(
 
     Shapes and dtypes: each of hosts * gpus_per_host ranks has `tokens` tokens of `hidden` numbers of `itemsize` bytes,
         and num_experts / ranks experts, in order. histogram [num_experts]: how often each expert was chosen, in any
-        unit, as the training metric "expert_load" has it; None: all alike. num_groups and topk_groups as in `route`.
+        unit; or [layers, num_experts], as the training metric "expert_load" has it, whose layers are added up; None:
+        all alike. num_groups and topk_groups as in `route`.
     Units: layout "expert" groups the received rows by expert, "rank" has one for each token and rank, "masked" a slab
         for each expert; capacity is their number, None the worst case. transport "ragged" sends the tokens that are
         needed, the least that any must; "all_to_all" and "gather", which `dispatch` chooses between, the whole static
@@ -258,9 +259,13 @@ def _shares(sizes: Sizes, histogram, num_experts: int, top_k: int) -> np.ndarray
     if histogram is None:
         return np.full(num_experts, top_k / num_experts)
     counts = np.asarray(histogram, np.float64)
-    sizes.require(counts.shape == (num_experts,), f"histogram must be [{num_experts}], got {list(counts.shape)}")
+    sizes.require(
+        counts.ndim in (1, 2) and counts.shape[-1] == num_experts,
+        f"histogram must be [{num_experts}] or [layers, {num_experts}], got {list(counts.shape)}",
+    )
     holds = bool(np.isfinite(counts).all() and (counts >= 0).all() and counts.sum() > 0)
     sizes.require(holds, "histogram must hold counts: finite, not negative, and not all zero")
+    counts = counts.reshape(-1, num_experts).sum(0)
     shares = counts * (top_k / counts.sum())
     most = int(shares.argmax())
     sizes.require(

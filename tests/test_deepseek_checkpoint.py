@@ -1,6 +1,8 @@
 """Checkpoints: what is read is written back to the bit, and what does not fit is named."""
 
+import itertools
 import json
+import pathlib
 import shutil
 
 import jax
@@ -15,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 import jaxkern
 from jaxkern.models import deepseek
+from jaxkern.models.deepseek import checkpoint
 
 CASES = ["v3-tiny", "v3-latent512", "v3-padded", "v3-fp8", "v3-mtp"]
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
@@ -57,6 +60,57 @@ def test_round_trip_in_shards_from_a_mesh(case, kind, tmp_path):
     assert not (tmp_path / "model.safetensors.index.json").exists()
 
 
+@pytest.mark.parametrize("limits", [(20_000, 20_000), (20_000, 10**9), (10**9, 20_000)])
+def test_an_interrupted_save_leaves_one_model_or_none(limits, tmp_path, monkeypatch):
+    """Stopped before each of its writes, renames and removals in turn."""
+    old, new = small_model(seed=0), small_model(seed=1)
+    steps = 0
+
+    def stopping(change):
+        def changed(*args, **options):
+            nonlocal steps
+            steps -= 1
+            if steps < 0:
+                raise KeyboardInterrupt
+            return change(*args, **options)
+
+        return changed
+
+    def content(path):
+        files = checkpoint.Files(path)
+        return {name: files.read(name).tobytes() for name in files}
+
+    old.save_pretrained(tmp_path, max_shard_bytes=limits[0])
+    before = content(tmp_path)
+    new.save_pretrained(tmp_path / "new", max_shard_bytes=limits[1])
+    after = content(tmp_path / "new")
+    found = []
+    for stop in itertools.count():
+        steps = 10**9
+        old.save_pretrained(tmp_path, max_shard_bytes=limits[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "_write", stopping(checkpoint._write))
+            patch.setattr(checkpoint.os, "replace", stopping(checkpoint.os.replace))
+            for name in ("unlink", "write_text"):
+                patch.setattr(pathlib.Path, name, stopping(getattr(pathlib.Path, name)))
+            steps = stop
+            try:
+                new.save_pretrained(tmp_path, max_shard_bytes=limits[1])
+            except KeyboardInterrupt:
+                pass
+        try:
+            found.append([before, after].index(content(tmp_path)))
+        except FileNotFoundError as error:
+            assert "neither" in str(error)
+            found.append(None)
+        if steps >= 0:
+            break
+    assert found[0] == 0 and None in found and found[-1] == 1 and found == sorted(found, key=[0, None, 1].index)
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_file()) == sorted(
+        p.name for p in (tmp_path / "new").iterdir()
+    )
+
+
 def test_a_device_holds_only_its_experts():
     model = deepseek.from_pretrained(GOLDEN / "v3-fp8", mesh=mesh(8))
     single = deepseek.from_pretrained(GOLDEN / "v3-fp8")
@@ -84,6 +138,17 @@ def test_dtypes(tmp_path):
     assert half.model.layers[1].mlp.gate.weight.get_value().dtype == jnp.bfloat16
     half.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_the_routers_bias_is_written_in_float32(tmp_path):
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    bias = np.linspace(-1, 1, 8).astype(jnp.bfloat16)
+    small_model().save_pretrained(tmp_path)
+    before = raw_tensors(tmp_path)
+    tensors = {n: x for n, x in load_file(tmp_path / "model.safetensors").items()} | {name: bias}
+    checkpoint._write(tmp_path / "model.safetensors", tensors)
+    deepseek.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert raw_tensors(tmp_path) == before | {name: ("F32", (8,), bias.astype(np.float32).tobytes())}
 
 
 def test_dequantized_save_has_no_quantization(tmp_path):
@@ -183,6 +248,33 @@ def test_what_is_no_checkpoint(tmp_path):
         deepseek.from_pretrained(GOLDEN / "v3-tiny", mesh=mesh(5))
     with pytest.raises(ValueError, match="max_shard_bytes"):
         small_model().save_pretrained(tmp_path, max_shard_bytes=0)
+
+
+def test_what_is_no_folder():
+    for path in ("nowhere", "deepseek-ai/DeepSeek-V3"):
+        with pytest.raises(FileNotFoundError, match=f"{path} is not there; it takes a local folder"):
+            deepseek.from_pretrained(path)
+    for file in ("config.json", "model.safetensors"):
+        with pytest.raises(ValueError, match=f"{file} is a file; from_pretrained takes the folder"):
+            deepseek.from_pretrained(GOLDEN / "v3-tiny" / file)
+
+
+@pytest.mark.parametrize(
+    "file, content, error",
+    [
+        ("config.json", b"{bad", "config.json is not JSON"),
+        ("config.json", b"[]", "config.json must hold a JSON object, got a list"),
+        ("model.safetensors.index.json", b"{}", "model.safetensors.index.json has no weight_map"),
+        ("model.safetensors.index.json", b"", "model.safetensors.index.json is not JSON"),
+        ("model.safetensors", (2).to_bytes(8, "little") + b"[]", "model.safetensors: .* its header is no JSON object"),
+        ("model.safetensors", (8).to_bytes(8, "little") + b'{"a": 1}', "model.safetensors: not a readable"),
+    ],
+)
+def test_a_damaged_file_is_named(file, content, error, tmp_path):
+    small_model().save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=error):
+        deepseek.from_pretrained(tmp_path)
 
 
 def test_further_layers_are_dequantised_with_the_model(tmp_path):

@@ -45,6 +45,12 @@ def test_both_spellings_mean_the_same():
         read(num_nextn_predict_layers=1, num_mtp_layers=2)
 
 
+def test_several_stop_tokens():
+    config = Config(eos_token_id=[1, 2])
+    assert config.eos_token_id == (1, 2) and hash(config) == hash(Config(eos_token_id=(1, 2)))
+    assert read(eos_token_id=[1, 2]).to_hf()["eos_token_id"] == config.to_hf()["eos_token_id"] == [1, 2]
+
+
 def test_factor_from_lengths():
     scaling = {key: value for key, value in SMALL["rope_scaling"].items() if key != "factor"}
     assert read(rope_scaling=scaling).rope.factor == 40
@@ -78,6 +84,32 @@ def test_factor_from_lengths():
         ("kv_lora_rank", ...),
         ("n_shared_experts", ...),
         ("swiglu_limit", 7.0),
+        ("routed_scaling_factor", None),
+        ("first_k_dense_replace", None),
+        ("num_experts_per_tok", None),
+        ("moe_intermediate_size", None),
+        ("moe_intermediate_size", "16"),
+        ("topk_group", "2"),
+        ("n_shared_experts", "1"),
+        ("q_lora_rank", "24"),
+        ("rms_norm_eps", "1e-6"),
+        ("rms_norm_eps", None),
+        ("rope_interleave", None),
+        ("norm_topk_prob", "false"),
+        ("eos_token_id", "1"),
+        ("eos_token_id", [1, 1.5]),
+        ("max_position_embeddings", None),
+        ("rope_theta", "10000"),
+        ("rope_scaling", "yarn"),
+        *[
+            ("rope_scaling", SMALL["rope_scaling"] | {key: value})
+            for key, value in (
+                ("factor", "40"),
+                ("factor", 0),
+                ("original_max_position_embeddings", 0),
+                ("mscale", "1"),
+            )
+        ],
     ],
 )
 def test_what_is_not_supported_is_named(key, value):

@@ -165,11 +165,11 @@ def test_a_step_of_decoding_makes_no_weight(quantized):
     model = new_model(**({"quantization_config": FP8} if quantized else {}))
     model.dtype = np.dtype(jnp.bfloat16)
     program, leaves = Program.of(model, inference=True)
-    prefill, decode = _programs(program, (None, False), 8)
+    prefill, decode = _programs(program, None, 8)
     stops, scalars = np.full(1, -1, np.int32), (np.uint32(0), np.float32(0), np.float32(1))
     table = np.arange(4, dtype=np.int32).reshape(2, 2)
     prompt = tokens(2, 8), np.ones((2, 8), np.int32), table
-    token, state, absorbed = prefill(leaves, *prompt, stops, scalars, pages=4, packed=False)
+    token, state, _, absorbed = prefill(leaves, *prompt, stops, scalars, pages=4, packed=False)
     text = decode.lower(leaves, absorbed, token, state, stops, scalars).compile().as_text()
     kv_b = model.model.layers[0].self_attn.kv_b_proj.weight.shape
     assert "dequantize" not in text and not sized("f8e4m3fn|f32|bf16", kv_b, text)

@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 from jaxkern import kv_cache
 from jaxkern.models import deepseek
 from jaxkern.models.deepseek.generate import _programs, reserve_pages, sample
-from jaxkern.models.deepseek.model import Program, head
+from jaxkern.models.deepseek.model import Program, fetch, head
 
 CASES = ["v3-tiny", "v3-latent512", "v3-padded", "v3-fp8", "v3-mtp"]
 
@@ -81,6 +81,29 @@ def test_stop_tokens(model):
     assert (first == free[0, 0]).all() and first.shape == (1, 6)
 
 
+@pytest.mark.parametrize("devices, progress", [(None, False), (None, True), (2, False)])
+def test_stopping_ends_early(model, devices, progress, monkeypatch):
+    """Steps are launched ahead of the check: a few too many, which change nothing."""
+    on = small_model(mesh(devices)) if devices else model
+    ids, options = tokens(3, 9), {"max_new_tokens": 40, "page_size": 16}  # three rows do not fill two devices
+    free = deepseek.generate(on, ids, eos_token_id=(), **options)
+    stops = {int(row[2 * i]) for i, row in enumerate(free)}
+    ends = [next(i for i, token in enumerate(row) if token in stops) for row in free.tolist()]
+    want = np.array([[*row[:end], *[row[end]] * (40 - end)] for row, end in zip(free.tolist(), ends, strict=True)])
+    calls, fetched = [], []
+
+    def counted(*args):
+        prefill, decode = _programs(*args)
+        return prefill, lambda *args: calls.append(1) or decode(*args)
+
+    monkeypatch.setitem(deepseek.generate.__globals__, "_programs", counted)
+    monkeypatch.setitem(deepseek.generate.__globals__, "fetch", lambda x: fetched.append(1) or fetch(x))
+    got = deepseek.generate(on, ids, eos_token_id=sorted(stops), progress=progress, **options)
+    np.testing.assert_array_equal(got, want)
+    assert max(ends) <= len(calls) <= max(ends) + (1 if progress else 8)
+    assert len(fetched) == 40  # the result's tokens alone: across processes each is a collective
+
+
 def test_the_config_stops(model):
     ids = tokens(1, 9)
     free = deepseek.generate(model, ids, max_new_tokens=6, page_size=16)
@@ -107,7 +130,9 @@ def test_sampling(model):
     greedy = draw(temperature=0.0)
     np.testing.assert_array_equal(draw(top_k=1), greedy)
     np.testing.assert_array_equal(draw(top_p=1e-6), greedy)
-    np.testing.assert_array_equal(draw(temperature=1e-4), greedy)
+    for temperature in (1e-4, 1.2e-38, 1e-38, 1e-300):  # the last two are 0 in float32
+        np.testing.assert_array_equal(draw(temperature=temperature), greedy)
+    np.testing.assert_array_equal(draw(seed=1, top_p=1.0, top_k=64), a)  # they drop nothing
 
 
 def test_draws_do_not_depend_on_the_mesh(model):
@@ -128,10 +153,32 @@ def test_distribution_of_sample():
         drawn = jax.jit(sample, static_argnums=3)(logits, rows, jnp.int32(3), (top_k, top_p is not None), *scalars)
         return np.bincount(drawn, minlength=5) / rows.size
 
+    np.testing.assert_allclose(frequencies(None, None), probabilities, atol=0.015)
     np.testing.assert_allclose(frequencies(5, None), probabilities, atol=0.015)
     np.testing.assert_allclose(frequencies(2, None), [0, 4 / 7, 0, 3 / 7, 0], atol=0.015)
-    np.testing.assert_allclose(frequencies(5, 0.8), [0, 8 / 17, 0, 6 / 17, 3 / 17], atol=0.015)
+    np.testing.assert_allclose(frequencies(None, 0.8), [0, 8 / 17, 0, 6 / 17, 3 / 17], atol=0.015)
     np.testing.assert_allclose(frequencies(5, 0.69), [0, 4 / 7, 0, 3 / 7, 0], atol=0.015)
+
+
+@pytest.mark.parametrize("temperature", [1e-37, 1.2e-38])
+def test_a_tiny_temperature_takes_the_likeliest(temperature):
+    logits = jnp.array([[10.0, 30.0, 29.9, -5.0], [-7.0, -9.0, -8.0, -7.1]])
+    for sampling in ((None, False), (3, False), (None, True)):
+        scalars = np.uint32(0), np.float32(temperature), np.float32(0.9)
+        drawn = jax.jit(sample, static_argnums=3)(logits, jnp.arange(2), jnp.int32(0), sampling, *scalars)
+        np.testing.assert_array_equal(drawn, [1, 0])
+
+
+@pytest.mark.parametrize(
+    "options, sorts", [({}, False), ({"top_p": 1.0}, False), ({"top_k": 8}, True), ({"top_p": 0.9}, True)]
+)
+def test_what_drops_nothing_sorts_nothing(model, options, sorts, monkeypatch):
+    calls = []
+    top_k = jax.lax.top_k
+    monkeypatch.setattr(jax.lax, "top_k", lambda x, k: calls.append(x.shape) or top_k(x, k))
+    _programs.cache_clear()
+    deepseek.generate(model, tokens(2, 9), max_new_tokens=2, temperature=0.7, page_size=16, **options)
+    assert any(shape == (2, 64) for shape in calls) == sorts
 
 
 def test_nothing_is_compiled_twice(model):
@@ -141,7 +188,7 @@ def test_nothing_is_compiled_twice(model):
     run()
     _programs.cache_clear()
     run(seed=1)
-    prefill, decode = _programs(Program.of(model, inference=True)[0], (64, False), 16)
+    prefill, decode = _programs(Program.of(model, inference=True)[0], (None, False), 16)
     assert _programs.cache_info().misses == 1  # the same functions
     run(seed=2)
     deepseek.generate(model, tokens(2, 12), max_new_tokens=4, temperature=0.9, page_size=16)
@@ -190,11 +237,11 @@ def test_an_fp8_cache_is_one_of_rounded_rows(devices, monkeypatch):
 @pytest.mark.parametrize("packed", [False, True])
 def test_a_step_copies_no_cache(model, packed):
     program, leaves = Program.of(model)
-    prefill, decode = _programs(program, (None, False), 16)
+    prefill, decode = _programs(program, None, 16)
     table = np.arange(4, dtype=np.int32).reshape(2, 2)
     fixed = np.zeros(0, np.int32), (np.uint32(0), np.float32(0), np.float32(1))
     prompt = tokens(2, 16), np.ones((2, 16), int), table
-    token, state, absorbed = prefill(leaves, *prompt, *fixed, pages=5000, packed=packed)
+    token, state, _, absorbed = prefill(leaves, *prompt, *fixed, pages=5000, packed=packed)
     size = sum(x.nbytes for x in state["cache"])
     assert size == 2 * 5000 * 16 * (kv_cache.row_bytes(16, 8) if packed else 24 * 4)
     memory = decode.lower(leaves, absorbed, token, state, *fixed).compile().memory_analysis()
@@ -300,5 +347,16 @@ def test_errors(model):
         deepseek.generate(small_model(kv_lora_rank=18), ids, max_new_tokens=1, cache_dtype="fp8")
     with pytest.raises(ValueError, match="every row needs a real token"):
         deepseek.generate(model, ids, max_new_tokens=1, attention_mask=np.array([[1, 1, 1], [0, 0, 0]]))
+    for options in (
+        {"max_new_tokens": 2.0},
+        {"top_k": 2.5},
+        {"page_size": 64.0},
+        {"seed": None},
+        {"eos_token_id": 1.7},
+    ):
+        with pytest.raises(TypeError, match=f"generate: {[*options][0]} must be (an integer|integers), got "):
+            deepseek.generate(model, ids, **{"max_new_tokens": 1, "temperature": 1.0} | options)
+    with pytest.raises(ValueError, match="input_ids must have rows of one length"):
+        deepseek.generate(model, [[1, 2, 3], [1, 2]], max_new_tokens=1)
     with pytest.raises(ValueError, match="row 0 has holes"):
         deepseek.generate(model, ids, max_new_tokens=1, attention_mask=np.array([[1, 0, 1], [1, 1, 1]]))

@@ -26,6 +26,11 @@ model = deepseek.from_pretrained(sys.argv[4], dtype=jnp.float32, mesh=mesh)
 ids, mask = want["input_ids"], want["attention_mask"]
 new = deepseek.generate(model, ids, max_new_tokens=12, attention_mask=mask)
 np.testing.assert_array_equal(new, want["generated"])
+rows = jax.NamedSharding(mesh, jax.P("hosts"))  # an array that no process holds whole
+twice = [np.tile(x, (2, 1)) for x in (ids, mask)]
+twice = [jax.make_array_from_callback(x.shape, rows, x.__getitem__) for x in twice]
+new = deepseek.generate(model, twice[0], max_new_tokens=12, attention_mask=twice[1])
+np.testing.assert_array_equal(new, np.tile(want["generated"], (2, 1)))
 step = deepseek.make_train_step()
 optimizer = nnx.Optimizer(model, deepseek.adamw(1e-3), wrt=nnx.Param)
 losses = [float(step(model, optimizer, {"input_ids": ids, "attention_mask": mask})["loss"]) for _ in range(3)]

@@ -151,6 +151,24 @@ def test_ten_steps_on_four_devices(ten_steps, kind, options):
     np.testing.assert_allclose(deepseek.evaluate(model, [UNEVEN]), want_loss, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_restored_arrays_join_the_mesh(kind):
+    """A step goes on from arrays of NumPy and of one device as from those on the mesh."""
+    step = deepseek.make_train_step()
+    losses = []
+    for restores in (False, True):
+        model = small_model(mesh_of_up_to_four(kind))
+        optimizer = nnx.Optimizer(model, SGD, wrt=nnx.Param)
+        for module in (model, optimizer) if restores else ():
+            leaves, tree = jax.tree.flatten(nnx.state(module))
+            arrays = [np.array(x) if i % 2 else jnp.array(np.array(x)) for i, x in enumerate(leaves)]
+            nnx.update(module, tree.unflatten(arrays))
+        losses += [[float(step(model, optimizer, BATCH)["loss"]) for _ in range(2)]]
+    assert losses[0] == losses[1] and losses[0][0] != losses[0][1]
+    experts = model.model.layers[1].mlp.experts.up_proj.weight.get_value()
+    assert {shard.data.shape[0] for shard in experts.addressable_shards} == {8 // model.mesh.size}
+
+
 def test_bias_moves_against_the_load():
     model = small_model()
     before = np.array(model.model.layers[1].mlp.gate.e_score_correction_bias[...])
@@ -209,6 +227,8 @@ def test_errors():
         train(model, batch={"input_ids": tokens(2, 1)})
     with pytest.raises(ValueError, match="loss_mask must have input_ids's shape"):
         train(model, batch=BATCH | {"loss_mask": np.ones((4, 2), np.int32)})
+    with pytest.raises(TypeError, match="evaluate: batches must be a list.* got one dict"):
+        deepseek.evaluate(model, BATCH)
     with pytest.raises(ValueError, match="no token to predict"):
         deepseek.evaluate(model, [])
     with pytest.raises(ValueError, match="attention_dropout"):

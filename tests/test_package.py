@@ -4,9 +4,12 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
+import types
 
+import jax
 import pytest
 
 import jaxkern
@@ -66,6 +69,68 @@ def test_a_wrong_build_is_named_before_it_can_do_harm():
     assert re.search(r"\d+$", out.strip())
 
 
+FINETUNE = ["examples/finetune.py", "tests/golden/v3-tiny", "examples/data/sonnets.txt", "nowhere"]
+GENERATE = ["examples/generate.py", "tests/golden/v3-tiny"]
+
+
+def test_wrong_options_are_told_before_anything_starts(tmp_path):
+    """In one process, which starts no devices before the last."""
+    (tmp_path / "short.txt").write_text("short")
+    cases = [
+        (["examples/shakespeare.py", "--steps", 0], "--steps and --tune-steps must be at least 1"),
+        (["examples/multihost.py", "--num-processes", 1, "--steps", 0], "--steps and --tokens must be at least 1"),
+        ([*FINETUNE, "--steps", 0], "must be at least 1"),
+        ([*FINETUNE, "--batch", 4, "--microbatches", 3], "--microbatches 3 must divide --batch 4"),
+        ([*FINETUNE[:2], tmp_path / "short.txt", "nowhere"], "short.txt has 5 tokens; --context 128 needs 130"),
+        ([*GENERATE, "a", ""], "every prompt needs a token"),
+        ([*GENERATE, "a", "--tokens", 0], "--tokens must be at least 1"),
+        ([*GENERATE, "a", "--top-p", 0], r"--top-p in \(0, 1\]"),
+        (["benchmarks/__main__.py", "gem"], "there is no family gem; there are gemm, linear, "),
+        (["benchmarks/training.py", "--seeds", 0], "--steps and --seeds must be at least 1"),
+        (["benchmarks/training.py", "--steps", 0], "--steps and --seeds must be at least 1"),
+    ]
+    if jax.default_backend() == "cpu":
+        cases.append((["benchmarks/exchange.py"], "this needs GPUs"))
+    code = """
+import runpy, sys
+sys.path[:0] = ["examples"]
+for line in sys.argv[1:]:
+    sys.argv = line.split("|")
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as error:
+        print("exit", error.code, file=sys.stderr)
+    print("---", file=sys.stderr)
+"""
+    lines = ["|".join(map(str, arguments)) for arguments, _ in cases]
+    done = subprocess.run([sys.executable, "-c", code, *lines], capture_output=True, text=True, cwd=ROOT)
+    told = done.stderr.split("---\n")
+    assert done.returncode == 0 and len(told) == len(cases) + 1, done.stderr
+    for (arguments, error), text in zip(cases, told, strict=False):
+        assert re.search(rf"error: .*{error}", text) and "exit 2" in text, (arguments, text)
+
+
+def test_a_text_begins_as_the_tokenizer_wants_it(tmp_path, monkeypatch):
+    class Tokenizer:
+        from_file = staticmethod(lambda file: Tokenizer())
+        decode = None
+
+        def encode(self, text):
+            return types.SimpleNamespace(ids=[*text.encode()])
+
+    monkeypatch.setitem(sys.modules, "tokenizers", types.SimpleNamespace(Tokenizer=Tokenizer))
+    text_codec = runpy.run_path(str(ROOT / "examples/generate.py"))["text_codec"]
+    config = json.loads((ROOT / "tests/golden/v3-tiny/config.json").read_text()) | {"bos_token_id": 7}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "tokenizer.json").touch()
+    for settings, begins in (None, []), ({}, []), ({"add_bos_token": False}, []), ({"add_bos_token": True}, [7]):
+        if settings is not None:
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        encode, _ = text_codec(tmp_path)
+        assert encode("ab") == [*begins, 97, 98] and encode("") == begins
+    assert encode("\7a") == [7, 97]  # it was there already
+
+
 @pytest.mark.slow
 def test_example_layer():
     out = run("examples/layer.py")
@@ -80,13 +145,18 @@ def test_examples_finetune_and_generate(tmp_path):
         *("examples/finetune.py", "tests/golden/v3-tiny", "examples/data/sonnets.txt", tmp_path / "tuned"),
         *("--steps", 2, "--batch", 4, "--context", 32, "--microbatches", 2, "--devices", 2),
     )
+    (tmp_path / "tuned/tokenizer_config.json").write_text("{}")
+    run(  # on, in the same folder
+        *("examples/finetune.py", tmp_path / "tuned", "examples/data/sonnets.txt", tmp_path / "tuned"),
+        *("--steps", 1, "--batch", 4, "--context", 32, "--devices", 2),
+    )
     out = run("examples/generate.py", tmp_path / "tuned", "Shall I", "When", "--tokens", 8, "--devices", 2)
     assert "--- Shall I" in out and "--- When" in out
 
 
 @pytest.mark.slow
 def test_demo(tmp_path):
-    out = run("examples/shakespeare.py", "--steps", 6, "--tune-steps", 3, "--out", tmp_path)
+    out = run("examples/shakespeare.py", "--steps", 6, "--tune-steps", 1, "--out", tmp_path)
     assert "loaded back: the same loss, to the bit" in out
     assert (tmp_path / "training.png").stat().st_size > 10_000
     assert re.search(r"mla_decode +cpu", out) and re.search(r"grouped_gemm +cpu", out)

@@ -137,6 +137,12 @@ def test_any_histogram_gives_its_own_shares():
         np.testing.assert_allclose(got.ranks_per_token, 4, rtol=1e-6)
 
 
+def test_the_layers_of_a_histogram_are_added_up():
+    """The training metric "expert_load" as it is."""
+    load = np.random.default_rng(0).integers(1, 9, (3, 32))
+    assert small(histogram=load) == small(histogram=load.sum(0)) != small(histogram=load[0])
+
+
 def test_more_is_not_less():
     def increases(f, values):
         found = [f(v) for v in values]
@@ -207,7 +213,7 @@ def test_prints_a_table():
         ({"num_groups": 5}, "num_groups=5 must divide num_experts=32"),
         ({"num_groups": 4, "topk_groups": 5}, "topk_groups=5 must be in 1..num_groups=4"),
         ({"num_groups": 16, "topk_groups": 1}, r"top_k=4 must be in 1\.\.2, what 1 groups hold"),
-        ({"histogram": np.ones(31)}, r"histogram must be \[32\], got \[31\]"),
+        ({"histogram": np.ones(31)}, r"histogram must be \[32\] or \[layers, 32\], got \[31\]"),
         ({"histogram": -np.ones(32)}, "histogram must hold counts"),
         ({"histogram": np.zeros(32)}, "histogram must hold counts"),
         ({"histogram": np.eye(32)[3]}, "histogram: expert 3 has 4.000 choices of each token"),

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from benchmarks import serving
+from jaxkern.models import deepseek
 
 
 @pytest.mark.slow
@@ -20,6 +21,12 @@ def test_small_model(tmp_path):
     assert prefill["devices"] == step["devices"] == 2
     assert {"collectives", "gemm", "grouped gemm", "mla_decode", "route", "rows", "quantize"} <= set(step["kinds"])
     assert step["kinds"]["mla_decode"]["count"] == 2  # a layer each
+
+
+def test_a_model_of_one_dense_layer_has_no_bytes_of_experts():
+    config = deepseek.Config(**serving.SMALL, num_hidden_layers=1, first_k_dense_replace=1)
+    size = serving.bytes_of(config, 2)
+    assert size["experts"] == 0 < size["others"]
 
 
 def kernel(name):

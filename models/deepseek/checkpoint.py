@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxkern
-from jaxkern.models.deepseek.config import Config
+from jaxkern.models.deepseek.config import Config, read_json
 from jaxkern.models.deepseek.model import (
     WEIGHT_BLOCK,
     DeepseekForCausalLM,
@@ -50,6 +50,8 @@ def from_pretrained(path, *, mesh=None, dtype=None, quantized: bool = True) -> D
         as they are (dequantised with quantized=False), for `save_pretrained`.
     """
     path = pathlib.Path(path)
+    if path.is_file():
+        raise ValueError(f"{path} is a file; from_pretrained takes the folder that holds the checkpoint")
     config = Config.from_hf(path)
     check_mesh(config, mesh)
     files = Files(path)
@@ -72,9 +74,10 @@ def save_pretrained(model: DeepseekForCausalLM, path, *, max_shard_bytes: int = 
     """Writes a checkpoint folder in the layout that `from_pretrained` reads, and that other libraries do.
 
     Shapes and dtypes: parameters as they are in the model. What was loaded and not changed is written back identical:
-        names, bits, dtypes and config.json.
+        names, bits, dtypes and config.json; but the router's bias is float32, whatever it was read from.
     Units: max_shard_bytes of tensors go into one file; a tensor is never cut. One file has no index. The folder's
-        earlier config.json, model.safetensors, model-*-of-*.safetensors and their index are replaced.
+        earlier config.json, model.safetensors, model-*-of-*.safetensors and their index are replaced once all tensors
+        are written beside them. A save that is interrupted leaves the earlier checkpoint, or one that does not load.
     Sharding: any. Every process must call it; the first writes.
     Errors: ValueError for a max_shard_bytes that is not positive.
     """
@@ -94,7 +97,7 @@ def save_pretrained(model: DeepseekForCausalLM, path, *, max_shard_bytes: int = 
         if len(waiting) == len(shard):
             if jax.process_index() == 0:
                 path.mkdir(parents=True, exist_ok=True)
-                _write(path / file, waiting)
+                _write(_aside(path / file), waiting)
             waiting = {}
             file, shard = next(pending, (None, ()))
     if jax.process_index() == 0:
@@ -103,16 +106,33 @@ def save_pretrained(model: DeepseekForCausalLM, path, *, max_shard_bytes: int = 
         multihost_utils.sync_global_devices(f"save_pretrained {path}")
 
 
+def _aside(file: pathlib.Path) -> pathlib.Path:
+    """Where a file is written before it gets its name."""
+    return file.with_name(f"{file.name}.part")
+
+
 def _finish(path: pathlib.Path, config: dict, sizes: dict[str, int], files: dict[str, list[str]]):
-    """Writes what is not a tensor, and removes what an earlier checkpoint left in the folder."""
-    for stale in [*path.glob("model-*-of-*.safetensors"), path / SINGLE, path / INDEX]:
-        if stale.name not in files:
-            stale.unlink(missing_ok=True)
+    """Gives the files that were written aside their names, in place of an earlier checkpoint's.
+
+    What makes a folder a checkpoint, the index or the only file, goes first and comes last: nobody who is stopped in
+    between leaves the tensors of two models under one index.
+    """
+    texts = {"config.json": json.dumps(config, indent=1)}
     if len(files) > 1:
         where = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
-        (path / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
-    (path / "config.json").write_text(json.dumps(config, indent=1))
+        texts[INDEX] = json.dumps(index, indent=2, sort_keys=True)
+    for name, text in texts.items():
+        _aside(path / name).write_text(text)
+    for name in (INDEX, SINGLE):
+        (path / name).unlink(missing_ok=True)
+    order = ["config.json", *files, *(name for name in texts if name == INDEX)]
+    parts = {_aside(path / name) for name in order}
+    for stale in [*path.glob("model-*-of-*.safetensors"), *path.glob("model*.safetensors*.part")]:
+        if stale not in parts:
+            stale.unlink()
+    for name in order:
+        os.replace(_aside(path / name), path / name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +306,9 @@ class Files(dict[str, Stored]):
     def __init__(self, path: pathlib.Path):
         self.path = path
         if (path / INDEX).exists():
-            where = json.loads((path / INDEX).read_text())["weight_map"]
+            where = read_json(path / INDEX).get("weight_map")
+            if not isinstance(where, dict):
+                raise ValueError(f"{path / INDEX} has no weight_map")
             headers = {file: _header(path / file) for file in sorted(set(where.values()))}
             for name, file in where.items():
                 if name not in headers[file]:
@@ -314,6 +336,8 @@ def _header(file: pathlib.Path) -> dict[str, Stored]:
             if length > size:
                 raise ValueError("its header is longer than the file")
             header = json.loads(f.read(length))
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
         header.pop("__metadata__", None)
         tensors = {}
         for name, tensor in header.items():
@@ -323,12 +347,11 @@ def _header(file: pathlib.Path) -> dict[str, Stored]:
                 raise ValueError(f"tensor {name} does not fit in it")
             tensors[name] = Stored(file, dtype, shape, 8 + length + begin)
         return tensors
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: not a readable safetensors file: {error}") from error
 
 
 def _write(file: pathlib.Path, tensors: dict[str, np.ndarray]):
-    """Writes aside first, so that a file is whole or not there."""
     # Wide types first: every tensor is then aligned to its own width.
     tensors = dict(sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])))
     header, offset = {"__metadata__": {"format": "pt"}}, 0
@@ -338,9 +361,7 @@ def _write(file: pathlib.Path, tensors: dict[str, np.ndarray]):
         offset += x.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    aside = file.with_name(file.name + ".part")
-    with open(aside, "wb") as f:
+    with open(file, "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
         for x in tensors.values():
             f.write(np.ascontiguousarray(x).data if x.dtype.kind in "fiub" else np.ascontiguousarray(x).tobytes())
-    os.replace(aside, file)

@@ -63,18 +63,24 @@ class Config:
     source: dict[str, Any] | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self):
+        if isinstance(self.eos_token_id, list):  # as in JSON; compiled programs are cached by what can be hashed
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         _check(self)
 
     @classmethod
     def from_hf(cls, path: str | pathlib.Path) -> "Config":
         """Reads a config.json (or the one in a folder): the spelling of DeepSeek's releases or of transformers 5.
 
-        Errors: ValueError naming the key where a value is not supported, or where the key is neither known nor in the
-            list of those that cannot change the output.
+        Errors: FileNotFoundError where there is none; ValueError naming the key where a value is not supported, or
+            where the key is neither known nor in the list of those that cannot change the output.
         """
         path = pathlib.Path(path)
         path = path / "config.json" if path.is_dir() else path
-        return cls.from_dict(json.loads(path.read_text()))
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is not there; it takes a local folder with a config.json, not a hub's name"
+            )
+        return cls.from_dict(read_json(path))
 
     @classmethod
     def from_dict(cls, source: dict[str, Any]) -> "Config":
@@ -107,6 +113,17 @@ class Config:
 
     def is_moe(self, layer: int) -> bool:
         return self.n_routed_experts > 0 and layer >= self.first_k_dense_replace and layer % self.moe_layer_freq == 0
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """What a file holds that is one JSON object."""
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}")
+    return value
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -185,18 +202,20 @@ def _from_dict(source: dict[str, Any]) -> Config:
     if "num_mtp_layers" in source:
         seen.add("num_mtp_layers")
         _agree(source, "num_mtp_layers", values.setdefault("num_nextn_predict_layers", source["num_mtp_layers"]))
-    # null stands for "none of it" in these three.
+    # null stands for "none of it" in these.
     for key in ("n_routed_experts", "n_shared_experts", "num_nextn_predict_layers"):
         values[key] = values.get(key, 0) or 0
+    for key in ("attention_bias", "tie_word_embeddings"):
+        values[key] = False if values.get(key) is None else values[key]
     if not values["n_routed_experts"]:
         values["num_experts_per_tok"] = values["n_group"] = values["topk_group"] = 1
     else:
         for key in ("n_group", "topk_group"):
             values[key] = values.get(key) or 1
-    if isinstance(values.get("eos_token_id"), list):
-        values["eos_token_id"] = tuple(values["eos_token_id"])
     values.setdefault("max_position_embeddings", Config.max_position_embeddings)
-    values["rope"] = _rope(source, values["max_position_embeddings"])
+    longest = values["max_position_embeddings"]
+    _require(_is_number(longest) and longest > 0, "max_position_embeddings", "a positive number", longest)
+    values["rope"] = _rope(source, longest)
     seen |= {"rope_theta", "rope_scaling", "rope_parameters"}
     values |= _quantization(source.get("quantization_config"))
     seen.add("quantization_config")
@@ -225,7 +244,9 @@ def _agree(source: dict[str, Any], key: str, expected):
 def _rope(source: dict[str, Any], max_position_embeddings: int) -> Rope:
     """`rope_theta` and `rope_scaling` of DeepSeek's releases, or `rope_parameters` of transformers 5."""
     place = "rope_parameters" if source.get("rope_parameters") else "rope_scaling"
-    given = dict(source.get(place) or {})
+    given = source.get(place) or {}
+    _require(isinstance(given, dict), place, "an object", given)
+    given = dict(given)
     if place == "rope_parameters" and source.get("rope_scaling"):
         raise ValueError("config.json: rope_parameters and rope_scaling exclude each other")
     if source.get("rope_theta") is not None:
@@ -240,12 +261,14 @@ def _rope(source: dict[str, Any], max_position_embeddings: int) -> Rope:
     if kinds == {"default"}:
         if ignored := sorted(set(given) - {"rope_theta"}):
             raise ValueError(f"config.json: {place}: rope_type 'default' has no {', '.join(ignored)}")
-        return Rope(theta=float(given.get("rope_theta", Rope.theta)))
+        return Rope(**{"theta": given["rope_theta"]} if given.get("rope_theta") is not None else {})
     if given.get("original_max_position_embeddings") is None:
         given["original_max_position_embeddings"] = max_position_embeddings
-    if given.get("factor") is None:
-        given["factor"] = max_position_embeddings / given["original_max_position_embeddings"]
-    return Rope(**{_ROPE_KEYS[key]: value for key, value in given.items() if value is not None})
+    rope = Rope(**{_ROPE_KEYS[key]: value for key, value in given.items() if value is not None})
+    if rope.factor is None:
+        _check_rope(rope)
+        rope = dataclasses.replace(rope, factor=max_position_embeddings / rope.original_max_position_embeddings)
+    return rope
 
 
 def _quantization(quantization: dict[str, Any] | None) -> dict[str, Any]:
@@ -287,23 +310,60 @@ def _to_dict(config: Config) -> dict[str, Any]:
     }
 
 
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _require(holds, key: str, what: str, value):
+    if not holds:
+        raise ValueError(f"config: {key} must be {what}, got {value!r}")
+
+
+def _check_rope(rope: Rope):
+    _require(_is_number(rope.theta) and rope.theta > 1, "rope_theta", "a number above 1", rope.theta)
+    for key in ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow"):
+        value = getattr(rope, key)
+        allowed = (key == "factor" and value is None) or (_is_number(value) and value > 0)
+        _require(allowed, f"rope_scaling: {key}", "a positive number", value)
+    for key in ("mscale", "mscale_all_dim", "attention_factor"):
+        value = getattr(rope, key)
+        _require(value is None or _is_number(value), f"rope_scaling: {key}", "a number", value)
+    _require(rope.truncate in (True, False), "rope_scaling: truncate", "true or false", rope.truncate)
+
+
 def _check(config: Config):
     def require(holds, key, what):
-        if not holds:
-            raise ValueError(f"config: {key} must be {what}, got {getattr(config, key)!r}")
+        _require(holds, key, what, getattr(config, key))
+
+    def integer(key, least=1):
+        value = getattr(config, key)
+        what = "a positive integer" if least else "an integer, at least 0"
+        require(isinstance(value, int) and value >= least, key, what)
 
     for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
-        require(isinstance(getattr(config, key), int) and getattr(config, key) > 0, key, "a positive integer")
+        integer(key)
     for key in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "moe_layer_freq"):
-        require(isinstance(getattr(config, key), int) and getattr(config, key) > 0, key, "a positive integer")
+        integer(key)
+    for key in ("n_routed_experts", "n_shared_experts", "num_nextn_predict_layers"):
+        integer(key, 0)
+    for key in ("norm_topk_prob", "attention_bias", "rope_interleave", "tie_word_embeddings"):
+        require(getattr(config, key) in (True, False), key, "true or false")
+    require(_is_number(config.rms_norm_eps) and config.rms_norm_eps >= 0, "rms_norm_eps", "a number, at least 0")
     require(config.scale_format in ("float32", "ue8m0"), "scale_format", "'float32' or 'ue8m0'")
-    require(config.q_lora_rank is None or config.q_lora_rank > 0, "q_lora_rank", "null or positive")
+    if config.q_lora_rank is not None:
+        require(isinstance(config.q_lora_rank, int) and config.q_lora_rank > 0, "q_lora_rank", "null or positive")
     require(config.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim", "even")
+    stops = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)
+    require(stops == (None,) or all(isinstance(x, int) for x in stops), "eos_token_id", "one integer, several or null")
+    _check_rope(config.rope)
     if config.n_routed_experts:
+        for key in ("moe_intermediate_size", "num_experts_per_tok", "n_group", "topk_group"):
+            integer(key)
+        integer("first_k_dense_replace", 0)
+        require(_is_number(config.routed_scaling_factor), "routed_scaling_factor", "a number")
         experts, groups = config.n_routed_experts, config.n_group
-        require(groups > 0 and experts % groups == 0, "n_group", f"a divisor of n_routed_experts {experts}")
+        require(experts % groups == 0, "n_group", f"a divisor of n_routed_experts {experts}")
         require(groups == 1 or experts // groups >= 2, "n_group", f"at most {experts // 2}: a group has two experts")
-        require(0 < config.topk_group <= groups, "topk_group", f"in 1..n_group {groups}")
+        require(config.topk_group <= groups, "topk_group", f"in 1..n_group {groups}")
         selectable = experts // groups * config.topk_group
-        require(0 < config.num_experts_per_tok <= selectable, "num_experts_per_tok", f"in 1..{selectable}")
-        require(config.moe_intermediate_size > 0, "moe_intermediate_size", "a positive integer")
+        require(config.num_experts_per_tok <= selectable, "num_experts_per_tok", f"in 1..{selectable}")

@@ -1,6 +1,7 @@
 """Generation: the prompt through expanded attention into a paged cache, then one token a step through absorbed MLA."""
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Literal
 
@@ -10,7 +11,16 @@ import numpy as np
 import tqdm
 
 import jaxkern
-from jaxkern.models.deepseek.model import DeepseekForCausalLM, Program, bounds, check_inputs, fetch, head, roll_rows
+from jaxkern.models.deepseek.model import (
+    DeepseekForCausalLM,
+    Program,
+    bounds,
+    check_inputs,
+    fetch,
+    head,
+    integers,
+    roll_rows,
+)
 
 
 def generate(
@@ -33,22 +43,29 @@ def generate(
     Shapes and dtypes: input_ids int [b, s]; attention_mask [b, s] of 0 and 1, the 1s next to each other, padding
         usually on the left; result int32 [b, max_new_tokens] on the host, without the prompt. After a row's stop token
         the row is filled with that token.
-    Units: temperature 0 takes the likeliest token. Otherwise logits are divided by it, all but the top_k largest are
-        dropped, then all outside the smallest set whose probability reaches top_p, and one token is drawn. A row's
-        draws depend on seed, row and step alone, not on the mesh. eos_token_id: the token or tokens that stop a row;
-        None means the config's, () none. A row takes the pages of page_size tokens that its own real tokens and
-        max_new_tokens fill, in the activations' dtype; with cache_dtype "fp8" packed, in about half the memory of
-        bfloat16 (`kv_cache.pack`): what a token attends to is then rounded, except within the prompt.
-    Sharding: the model's mesh; each device decodes its own rows, whose pages it holds.
+    Units: temperature 0 (or below float32's 1.2e-38) takes the likeliest token. Otherwise logits are divided by it, all
+        but the top_k largest are dropped, then all outside the smallest set whose probability reaches top_p, and one
+        token is drawn. A row's draws depend on seed, row and step alone, not on the mesh. eos_token_id: the token or
+        tokens that stop a row; None means the config's, () none. A row takes the pages of page_size tokens that its own
+        real tokens and max_new_tokens fill, in the activations' dtype; with cache_dtype "fp8" packed, in about half the
+        memory of bfloat16 (`kv_cache.pack`): what a token attends to is then rounded, except within the prompt.
+    Sharding: the model's mesh; each device decodes its own rows, whose pages it holds. Of the inputs: any, also spread
+        over the processes.
     Gradient: none.
     Implementations: `model.implementation`.
-    Errors: ValueError for an empty row, a max_new_tokens below 1, a sampling parameter out of range, or packed pages of
-        a kv_lora_rank that is no multiple of 4.
+    Errors: TypeError for what must be an integer and is none; ValueError for an empty row, a max_new_tokens below 1, a
+        sampling parameter out of range, or packed pages of a kv_lora_rank that is no multiple of 4.
     Compiled once for each shape: batch, prompt rounded up to pages, pages of the longest result, and pages of a row on
     average, rounded up, on the device that has most.
     """
+    # The lengths of rows decide how many pages there are: the whole batch comes to every process.
+    input_ids, attention_mask = (fetch(x) if isinstance(x, jax.Array) else x for x in (input_ids, attention_mask))
     input_ids, attention_mask = check_inputs(model.config, input_ids, attention_mask)
     b, s = input_ids.shape
+    max_new_tokens = _integer("max_new_tokens", max_new_tokens)
+    page_size = _integer("page_size", page_size)
+    seed = _integer("seed", seed)
+    top_k = None if top_k is None else _integer("top_k", top_k)
     for holds, message in (
         (max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {max_new_tokens}"),
         (temperature >= 0, f"temperature must not be negative, got {temperature}"),
@@ -56,41 +73,57 @@ def generate(
         (top_p is None or 0 < top_p <= 1, f"top_p must be in (0, 1], got {top_p}"),
         (page_size >= 1, f"page_size must be positive, got {page_size}"),
         (cache_dtype in (None, "fp8"), f"cache_dtype must be None or 'fp8', got {cache_dtype!r}"),
-        (attention_mask is None or np.asarray(attention_mask).any(1).all(), "every row needs a real token"),
+        (attention_mask is None or attention_mask.any(1).all(), "every row needs a real token"),
     ):
         if not holds:
             raise ValueError(f"generate: {message}")
     stops = model.config.eos_token_id if eos_token_id is None else eos_token_id
-    stops = np.atleast_1d(np.asarray(() if stops is None else stops, np.int32))
+    stops = np.ravel(() if stops is None else stops)
     stops_early = len(stops) > 0
     if not stops_early:
-        stops = np.full(1, -1, np.int32)  # no token; of an empty array on a mesh JAX 0.11.2 crashes
+        stops = np.full(1, -1)  # no token; of an empty array on a mesh JAX 0.11.2 crashes
+    stops = integers("generate: eos_token_id", stops).astype(np.int32)
     vocab = model.config.vocab_size
-    sampling = (None if temperature == 0 else min(top_k or vocab, vocab), top_p is not None)
+    sampling = None
+    if temperature >= np.finfo(np.float32).tiny:  # a smaller one is a float32 zero on the device
+        # Of what drops nothing there is no trace in the program: it would sort the vocabulary for it.
+        sampling = (None if top_k is None or top_k >= vocab else top_k, top_p is not None and top_p < 1)
     scalars = (np.uint32(seed & 0xFFFFFFFF), np.float32(temperature), np.float32(1.0 if top_p is None else top_p))
 
     program, leaves = Program.of(model, inference=True)
     prompt = -(-s // page_size) * page_size
     prefill, decode = _programs(program, sampling, page_size)
-    mask = np.ones((b, s), np.int32) if attention_mask is None else np.asarray(attention_mask)
-    ids = np.pad(np.asarray(input_ids), ((0, 0), (0, prompt - s)))
+    mask = np.ones((b, s), np.int32) if attention_mask is None else attention_mask
+    ids = np.pad(input_ids, ((0, 0), (0, prompt - s)))
     mask = np.pad(mask, ((0, 0), (0, prompt - s)))
     width = -(-(s + max_new_tokens) // page_size)
     table, pages = reserve_pages(mask.sum(1) + max_new_tokens, width, page_size, program.devices)
-    token, state, absorbed = prefill(leaves, ids, mask, table, stops, scalars, pages=pages, packed=cache_dtype == "fp8")
-    tokens = [token]
+    prompts, packed = (ids, mask, table), cache_dtype == "fp8"
+    token, state, going, absorbed = prefill(leaves, *prompts, stops, scalars, pages=pages, packed=packed)
+    tokens, goings = [token], [going]
+    # The host waits for an earlier step than the last, so that the devices always have the next one. XLA:CPU lets 32
+    # steps be in flight on a device and then blocks its launches, which deadlocks collectives.
+    in_flight = 1 if progress else 8
     with tqdm.tqdm(total=max_new_tokens, disable=not progress, unit="token", desc="generate") as bar:
         bar.update()
         for _ in range(1, max_new_tokens):
-            if stops_early and not fetch(state["active"]).any():
-                break
-            token, state = decode(leaves, absorbed, token, state, stops, scalars)
+            if len(goings) >= in_flight:
+                going = goings[-in_flight].block_until_ready()
+                if stops_early and not going:  # the steps after it only repeated the stop tokens
+                    break
+            token, state, going = decode(leaves, absorbed, token, state, stops, scalars)
             tokens.append(token)
-            # XLA:CPU lets 32 steps be in flight on a device and then blocks its launches, which deadlocks collectives.
-            tokens[-min(len(tokens), 1 if progress else 8)].block_until_ready()
+            goings.append(going)
             bar.update()
     tokens += [token] * (max_new_tokens - len(tokens))
     return np.stack([fetch(token) for token in tokens], axis=1)[:b]
+
+
+def _integer(name: str, value) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"generate: {name} must be an integer, got {value!r}") from None
 
 
 def reserve_pages(tokens, width: int, page_size: int, devices: int) -> tuple[np.ndarray, int]:
@@ -111,18 +144,21 @@ def reserve_pages(tokens, width: int, page_size: int, devices: int) -> tuple[np.
 
 
 @functools.lru_cache(maxsize=64)
-def _programs(program: Program, sampling: tuple, page_size: int):
+def _programs(program: Program, sampling: tuple | None, page_size: int):
     """The two compiled steps: `prefill`, and `decode`, which owns the state and updates its cache in place."""
     config, run, rows = program.config, program.run, program.rows
     state_specs = {"cache": rows, "block_table": rows, "seq_lens": rows, "active": rows, "rows": rows, "step": jax.P()}
+    out_specs = (rows, state_specs, jax.P())
 
     def next_token(parts, x, previous, state, stops, scalars):
-        """x [b, hidden] of each row's last token -> its next token, whether the row goes on."""
+        """x [b, hidden] of each row's last token -> its next token, the state, how many rows of all devices go on."""
         logits = head(parts, x, run)
         token = sample(logits, state["rows"], state["step"], sampling, *scalars)
         token = jnp.where(state["active"], token, previous)
         active = state["active"] & ~(token[:, None] == stops).any(1)
-        return token, {**state, "active": active, "step": state["step"] + 1}
+        going = active.sum(dtype=jnp.int32)
+        going = going if run.axis_name is None else jax.lax.psum(going, run.axis_name)
+        return token, {**state, "active": active, "step": state["step"] + 1}, going
 
     def prefill_body(parts, ids, mask, row_ids, block_table, stops, scalars, pages, packed):
         s = ids.shape[1]
@@ -144,8 +180,7 @@ def _programs(program: Program, sampling: tuple, page_size: int):
             "step": jnp.zeros((), jnp.int32),
         }
         last = jnp.take_along_axis(x, jnp.maximum(seq_lens - 1, 0)[:, None, None], axis=1)[:, 0]
-        token, state = next_token(parts, last, jnp.zeros_like(seq_lens), state, stops, scalars)
-        return token, state, parts["model"].absorbed(run)
+        return *next_token(parts, last, jnp.zeros_like(seq_lens), state, stops, scalars), parts["model"].absorbed(run)
 
     def decode_body(parts, absorbed, token, state, stops, scalars):
         seq_lens = state["seq_lens"] + 1
@@ -161,22 +196,28 @@ def _programs(program: Program, sampling: tuple, page_size: int):
         batch = program.place_batch(ids, mask, row_ids, block_table)
         body = functools.partial(prefill_body, pages=pages, packed=packed)
         specs = (rows, rows, rows, rows, jax.P(), jax.P())
-        return program.map(body, specs, (rows, state_specs, jax.P()))(leaves, *batch, stops, scalars)
+        return program.map(body, specs, (*out_specs, jax.P()))(leaves, *batch, stops, scalars)
 
     @functools.partial(jax.jit, donate_argnames="state")
     def decode(leaves, absorbed, token, state, stops, scalars):
         specs = (jax.P(), rows, state_specs, jax.P(), jax.P())
-        return program.map(decode_body, specs, (rows, state_specs))(leaves, absorbed, token, state, stops, scalars)
+        return program.map(decode_body, specs, out_specs)(leaves, absorbed, token, state, stops, scalars)
 
     return prefill, decode
 
 
 def sample(logits, rows, step, sampling, seed, temperature, top_p):
-    """One token of each row of logits [b, vocab]; rows [b] and step choose the random numbers."""
-    top_k, uses_top_p = sampling
-    if top_k is None:
+    """One token of each row of logits [b, vocab]; rows [b] and step choose the random numbers.
+
+    sampling: None takes the likeliest, otherwise (how many of the largest stay or None, whether top_p cuts them).
+    """
+    if sampling is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits, tokens = jax.lax.top_k(logits / temperature, top_k)  # in falling order
+    top_k, uses_top_p = sampling
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / temperature  # at most 0: no temperature makes it overflow
+    tokens = None
+    if top_k is not None or uses_top_p:
+        logits, tokens = jax.lax.top_k(logits, top_k or logits.shape[-1])  # in falling order
     if uses_top_p:
         probabilities = jax.nn.softmax(logits, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
@@ -187,4 +228,5 @@ def sample(logits, rows, step, sampling, seed, temperature, top_p):
         return jax.random.categorical(key, logits)
 
     drawn = jax.vmap(draw)(rows, logits)
-    return jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    drawn = drawn if tokens is None else jnp.take_along_axis(tokens, drawn[:, None], axis=-1)[:, 0]
+    return drawn.astype(jnp.int32)

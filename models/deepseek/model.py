@@ -779,7 +779,10 @@ def check_mask(name: str, x, shape):
 
 
 def integers(name: str, x):
-    x = x if isinstance(x, jax.Array) else np.asarray(x)
+    try:
+        x = x if isinstance(x, jax.Array) else np.asarray(x)
+    except ValueError:
+        raise ValueError(f"{name} must have rows of one length: pad them, and pass an attention_mask") from None
     if not (jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool):
         raise TypeError(f"{name} must be integers, got {x.dtype}")
     return x

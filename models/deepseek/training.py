@@ -3,7 +3,7 @@
 import collections
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,7 @@ def make_train_step(
         nonlocal started
         _check_trainable(model)
         batch = _check_batch(model, batch, microbatches)
+        _join_mesh(model.mesh, model)
         _join_mesh(model.mesh, optimizer)
         if len(in_flight) == in_flight.maxlen:
             in_flight[0].block_until_ready()
@@ -86,8 +87,10 @@ def make_train_step(
 def evaluate(model: DeepseekForCausalLM, batches: Iterable[dict]) -> float:
     """The mean next-token cross-entropy over all predicted tokens of the batches, each as `make_train_step` takes it.
 
-    Errors: ValueError if no batch has a token to predict.
+    Errors: TypeError for one batch instead of several, ValueError if no batch has a token to predict.
     """
+    if isinstance(batches, Mapping):
+        raise TypeError("evaluate: batches must be a list, or any other iterable, of dicts; got one dict")
     program, leaves = Program.of(model)
     total, tokens = 0.0, 0.0
     for batch in batches:
@@ -238,17 +241,23 @@ def _evaluate(program: Program):
     return run
 
 
-def _join_mesh(mesh, optimizer):
-    """Spreads the optimizer's arrays that are not on the mesh, at first its counters, as the parameters are spread."""
-    state = nnx.state(optimizer)
-    leaves, tree = jax.tree_util.tree_flatten_with_path(state)
-    if mesh is None or all(x.sharding.device_set == set(mesh.devices.flat) for _, x in leaves):
+def _join_mesh(mesh, module: nnx.Module):
+    """Spreads the arrays that are not on the mesh as the parameters are spread: those that were restored from NumPy or
+    from one device, and at first an optimizer's counters."""
+    if mesh is None:
         return
+    state = nnx.state(module)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+    devices = set(mesh.devices.flat)
+
+    def on_mesh(x):
+        return isinstance(x, jax.Array) and x.sharding.device_set == devices
 
     def spread(path, x):
         return jax.device_put(x, NamedSharding(mesh, P(mesh.axis_names) if is_spread(path) and x.ndim else P()))
 
-    nnx.update(optimizer, tree.unflatten([spread(path, x) for path, x in leaves]))
+    if not all(on_mesh(x) for _, x in leaves):
+        nnx.update(module, tree.unflatten([x if on_mesh(x) else spread(path, x) for path, x in leaves]))
 
 
 def _check_trainable(model):
