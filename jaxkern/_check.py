@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkern import _ffi
+
 FLOATS = (np.dtype(jnp.float32), np.dtype(jnp.bfloat16))
 INT32 = (np.dtype(np.int32),)
 
@@ -54,7 +56,7 @@ class Sizes:
 
 
 def as_array(x) -> jax.Array:
-    return x if isinstance(x, jax.Array) else jnp.asarray(x)
+    return _ffi.whole(x if isinstance(x, jax.Array) else jnp.asarray(x))
 
 
 def describe(x) -> str:

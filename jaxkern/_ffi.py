@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 IMPLEMENTATIONS = ("cpu", "cuda", "xla", "sim")
 PLATFORMS = {"cpu": "cpu", "cuda": "cuda", "sim": "cpu"}  # where each runs; "xla" runs everywhere
@@ -177,6 +177,15 @@ def align(*arrays: jax.Array) -> list[jax.Array]:
     ]
 
 
+def whole(x: jax.Array) -> jax.Array:
+    """`x`, gathered from the Explicit mesh axes that it may be split along: our calls cannot be split.
+
+    Its cotangent gets x's own sharding. shard_map's manual axes stay as they are, XLA itself gathers from Auto ones.
+    """
+    explicit = jax.sharding.AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+    return _WHOLE.bind(x) if explicit else x
+
+
 def only_on(platforms: Sequence[str], x: jax.Array, message: str) -> jax.Array:
     """`x`; compiling for another platform raises NotImplementedError with `message`."""
     return _ONLY_ON.bind(x, platforms=tuple(platforms), message=message)
@@ -197,6 +206,25 @@ def _make_only_on() -> Primitive:
 
 
 _ONLY_ON = _make_only_on()
+
+
+def _make_whole() -> Primitive:
+    """A primitive, so that vmap gathers the axis that it took from `x` as well."""
+    primitive = Primitive("jaxkern_whole")
+
+    def gather(x):
+        aval = jax.typeof(x)
+        return jax.sharding.reshard(x, _like(aval, aval.shape, aval.dtype).sharding)
+
+    primitive.def_abstract_eval(lambda x: _like(x, x.shape, x.dtype))
+    primitive.def_impl(gather)
+    ad.deflinear2(primitive, lambda cotangent, x: [jax.sharding.reshard(cotangent, x.aval.sharding)])
+    batching.primitive_batchers[primitive] = lambda arrays, axes: (primitive.bind(*arrays), axes[0])
+    mlir.register_lowering(primitive, mlir.lower_fun(gather, multiple_results=False))
+    return primitive
+
+
+_WHOLE = _make_whole()
 
 
 def _make_primitive(op: Op) -> Primitive:
@@ -288,7 +316,7 @@ def _compiled(primitive: Primitive, params: tuple):
 def _batch(op: Op, arrays, axes, params):
     size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
     is_batched = [axis is not None for axis in axes]
-    arrays = [x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(arrays, axes, strict=True)]
+    arrays = [whole(x if axis is None else jnp.moveaxis(x, axis, 0)) for x, axis in zip(arrays, axes, strict=True)]
     implementation = params.pop("implementation")
 
     def bind(*arrays, **params):

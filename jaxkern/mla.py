@@ -108,7 +108,9 @@ def merge_attention(
     Source: FlashAttention-2; FlashMLA's combine kernel.
     """
     sizes = Sizes("merge_attention")
-    outs, lses = (jnp.stack(x) if isinstance(x, list | tuple) else as_array(x) for x in (outs, lses))
+    outs, lses = (
+        jnp.stack([as_array(part) for part in x]) if isinstance(x, list | tuple) else as_array(x) for x in (outs, lses)
+    )
     dims = ["n", *(f"b{axis}" for axis in range(outs.ndim - 2))]
     expected = f"outs must be {' or '.join(d.name for d in ATTENDED)} [n, ..., d], got {describe(outs)}"
     sizes.require(outs.dtype in ATTENDED, expected, TypeError)

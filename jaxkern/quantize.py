@@ -201,7 +201,7 @@ def dequantize(a: ScaledArray, dtype=jnp.float32, *, implementation: str | None 
     sizes.require(np.dtype(dtype) in [np.dtype(d) for d in _INPUTS], f"dtype {np.dtype(dtype)} is no float", TypeError)
     sizes.require(a.ndim >= 2, f"a.values must be [..., m, k], got {describe(a.values)}")
     batch = a.shape[:-2]
-    values = a.values.reshape(math.prod(batch), *a.shape[-2:])
+    values = as_array(a.values).reshape(math.prod(batch), *a.shape[-2:])
     scales = as_array(a.scales)
     fits = scales.ndim == a.ndim and scales.shape[:-2] == batch
     sizes.require(

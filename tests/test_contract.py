@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import CASES, HOPPER, SHARDS, Case
+from contract import CASES, HOPPER, ROWS, SHARDS, Case
 from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxkern
 from jaxkern import _ffi
@@ -158,12 +159,45 @@ def test_shard_map(case, axis_type):
         assert_same(got, expected, case.rtol)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @over(CASES)
-def test_sharded_operands_outside_shard_map(case):
-    """XLA gathers them: slow, but right."""
-    mesh = jax.make_mesh((SHARDS,), ("x",), axis_types=(AxisType.Auto,))
-    operands = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(case.operands, case.specs, strict=True)]
-    assert_same(jax.jit(case.call)(*operands), case.call(*case.operands), tolerance(case))
+def test_sharded_operands_outside_shard_map(case, axis_type):
+    """They are gathered: slow, but right. A gradient is sharded as its operand."""
+    mesh = jax.make_mesh((SHARDS,), ("x",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        operands = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(case.operands, case.specs, strict=True)]
+        got = jax.jit(case.call)(*operands)
+        gradient = jax.jit(jax.grad(loss_of(case), case.grad_argnums))(*operands) if case.grad else ()
+    assert_same(got, case.call(*case.operands), tolerance(case))
+    if case.grad:
+        assert_same(gradient, jax.jit(jax.grad(loss_of(case), case.grad_argnums))(*case.operands), case.rtol)
+        for g, n in zip(gradient, case.grad_argnums, strict=True):
+            assert jax.typeof(g).sharding == jax.typeof(operands[n]).sharding
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+@over(UNTOLD)
+def test_axes_that_only_gathering_can_split(case, implementation):
+    """Each operand along its last axis of an even size, as no shard_map over the op could have it."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
+
+    def split(x):
+        even = [axis for axis, size in enumerate(x.shape) if size % 2 == 0]
+        return jax.device_put(x, NamedSharding(mesh, P(*["x" if [i] == even[-1:] else None for i in range(x.ndim)])))
+
+    with jax.set_mesh(mesh):
+        got = case.call(*map(split, case.operands), implementation=implementation)
+    assert_same(got, case.call(*case.operands, implementation=implementation), case.rtol)
+
+
+@over([c for c in UNTOLD if c.grad])
+def test_vmap_over_a_sharded_axis(case):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
+    stacked = [jnp.stack([x, jnp.flip(x, 0)]) for x in case.operands]
+    run = jax.jit(lambda *a: (jax.vmap(case.call)(*a), jax.vmap(jax.grad(loss_of(case), case.grad_argnums))(*a)))
+    with jax.set_mesh(mesh):
+        got = run(*[jax.device_put(x, NamedSharding(mesh, ROWS)) for x in stacked])
+    assert_same(got, run(*stacked), case.rtol)
 
 
 @over(CASES)

@@ -8,6 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from contract import HOPPER_IMPLEMENTATION
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from test_contract import pretend
 
 import jaxkern
@@ -236,6 +238,18 @@ def compiled(call, *shapes, donate=(0,)):
 
 CACHES = {"bfloat16": ((500, 64, 576), jnp.bfloat16), "packed": ((500, 64, 656), jnp.uint8)}
 REST = ((8, 2, 576), jnp.bfloat16), ((8, 4), jnp.int32), ((8, 2), jnp.int32)
+
+
+def test_gather_of_sharded_pages():
+    """Along Explicit mesh axes, outside shard_map: gathered first; the gradient is sharded as the pages are."""
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Explicit,))
+    cache, table = jnp.arange(4 * 16 * 8, dtype=jnp.float32).reshape(4, 16, 8), jnp.array([[3, 1], [0, -1]], jnp.int32)
+    expected, gradient = jax.value_and_grad(lambda c: (kv_cache.gather(c, table) ** 2).sum())(cache)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(cache, NamedSharding(mesh, P("x")))
+        got, split_gradient = jax.value_and_grad(lambda c: (kv_cache.gather(c, table) ** 2).sum())(split)
+    assert got == expected and jax.typeof(split_gradient).sharding.spec == P("x", None, None)
+    np.testing.assert_array_equal(split_gradient, gradient)
 
 
 @pytest.mark.parametrize("kind", CACHES)
