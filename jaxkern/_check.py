@@ -1,5 +1,7 @@
 """Checks of arguments, raised while tracing: op, argument, what was expected, what came."""
 
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,9 +42,18 @@ class Sizes:
                 raise ValueError(f"{self.op}: {argument} must be {expected}, got {describe(x)}")
         return x
 
-    def require_size(self, argument: str, size):
+    def require_integer(self, argument: str, value) -> int:
+        """A static integer as Python's own: calls are cached by it, and 2.0 or np.int32(2) would pass for 2 there."""
+        return require_integer(self.op, argument, value)
+
+    def require_size(self, argument: str, size) -> int:
         """A static size: positive, and small enough that a few of them multiply within int64."""
+        size = self.require_integer(argument, size)
         self.require(1 <= size < 2**31, f"{argument} must be in 1..2**31 - 1, got {size}")
+        return size
+
+    def optional_size(self, argument: str, size) -> int | None:
+        return None if size is None else self.require_size(argument, size)
 
     def require(self, holds: bool, message: str, error: type[Exception] = ValueError):
         if not holds:
@@ -53,6 +64,13 @@ class Sizes:
 
     def _describe(self, name: str) -> str:
         return f"{name}={self.known[name]}" if name in self.known else name
+
+
+def require_integer(op: str, argument: str, value) -> int:
+    try:
+        return operator.index(None if isinstance(value, bool) else value)
+    except TypeError:
+        raise TypeError(f"{op}: {argument} must be an integer, got {value!r}") from None
 
 
 def as_array(x) -> jax.Array:

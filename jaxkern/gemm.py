@@ -78,7 +78,7 @@ def grouped_gemm(
     b = _operand(sizes, "b", b, "g n k", blocks=((1, 128), (128, 128)))
     out_dtype = _out_dtype(sizes, a, b, out_dtype)
     group_sizes = sizes.check("group_sizes", group_sizes, INT32, "g")
-    sizes.require_size("group_alignment", group_alignment)
+    group_alignment = sizes.require_size("group_alignment", group_alignment)
     arrays = [a[0][None], a[1][None], b[0], b[1], group_sizes]
     static = _Static(
         "grouped_gemm",
@@ -86,7 +86,7 @@ def grouped_gemm(
         b[2],
         out_dtype.name,
         group_alignment=group_alignment,
-        zero_gaps=zero_gaps,
+        zero_gaps=bool(zero_gaps),
         implementation=implementation,
     )
     return _grouped_gemm(static, *_ffi.align(*arrays))
@@ -129,7 +129,7 @@ def masked_grouped_gemm(
         b[2],
         out_dtype.name,
         group_stride=capacity,
-        zero_gaps=zero_gaps,
+        zero_gaps=bool(zero_gaps),
         implementation=implementation,
     )
     return _grouped_gemm(static, *_ffi.align(*arrays)).reshape(groups, capacity, n)
@@ -171,7 +171,7 @@ def k_grouped_gemm(
     a = _operand(sizes, "a", a, "m t" if is_scaled else "t m", blocks=((1, 128),))
     b = _operand(sizes, "b", b, "n t" if is_scaled else "t n", blocks=((1, 128),))
     group_sizes = sizes.check("group_sizes", group_sizes, INT32, "g")
-    sizes.require_size("group_alignment", group_alignment)
+    group_alignment = sizes.require_size("group_alignment", group_alignment)
     sizes.require(
         not is_scaled or group_alignment % 128 == 0,
         f"group_alignment must be a multiple of 128 with ScaledArrays, got {group_alignment}",

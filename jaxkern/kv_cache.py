@@ -52,7 +52,7 @@ def append(
     rows = sizes.check("rows", rows, _NUMBERS, "b s d")
     block_table = sizes.check("block_table", block_table, INT32, "b pages")
     positions = sizes.check("positions", positions, INT32, "b s")
-    sizes.require_size("latent_dim", latent_dim)
+    latent_dim = sizes.require_size("latent_dim", latent_dim)
     if packed:
         _check_packed(sizes, "cache", cache, latent_dim, sizes["d"] - latent_dim)
     (cache,) = _ffi.call(
@@ -62,7 +62,7 @@ def append(
         block_table,
         positions,
         implementation=implementation,
-        latent_dim=int(latent_dim),
+        latent_dim=latent_dim,
     )
     return cache
 
@@ -102,6 +102,7 @@ def pack(rows: jax.Array, *, latent_dim: int = 512) -> jax.Array:
     rows = as_array(rows)
     sizes.require(rows.ndim >= 1, f"rows must be [..., d], got {describe(rows)}")
     rows = sizes.check("rows", rows, _NUMBERS, _dims(rows, "d"))
+    latent_dim = sizes.require_integer("latent_dim", latent_dim)
     _check_row(sizes, latent_dim, sizes["d"] - latent_dim)
     return reference.pack_rows(rows, latent_dim)
 
@@ -123,6 +124,7 @@ def unpack(packed: jax.Array, *, latent_dim: int = 512, rope_dim: int = 64, dtyp
     sizes.require(packed.ndim >= 1, f"packed must be [..., bytes], got {describe(packed)}")
     packed = sizes.check("packed", packed, (_UINT8,), _dims(packed, "bytes"))
     sizes.require(np.dtype(dtype) in _NUMBERS, f"dtype {np.dtype(dtype)} is no float", TypeError)
+    latent_dim, rope_dim = _row(sizes, latent_dim, rope_dim)
     _check_packed(sizes, "packed", packed, latent_dim, rope_dim)
     return reference.unpack_rows(packed, latent_dim, rope_dim, np.dtype(dtype))
 
@@ -132,12 +134,18 @@ def row_bytes(latent_dim: int = 512, rope_dim: int = 64) -> int:
 
     Errors: ValueError for a latent_dim that is no positive multiple of 4, or a negative rope_dim.
     """
-    _check_row(Sizes("kv_cache.row_bytes"), latent_dim, rope_dim)
+    sizes = Sizes("kv_cache.row_bytes")
+    latent_dim, rope_dim = _row(sizes, latent_dim, rope_dim)
+    _check_row(sizes, latent_dim, rope_dim)
     return reference.row_bytes(latent_dim, rope_dim)
 
 
 def _dims(x, last: str) -> str:
     return " ".join([*(f"b{axis}" for axis in range(x.ndim - 1)), last])
+
+
+def _row(sizes: Sizes, latent_dim, rope_dim) -> tuple[int, int]:
+    return sizes.require_integer("latent_dim", latent_dim), sizes.require_integer("rope_dim", rope_dim)
 
 
 def _check_row(sizes: Sizes, latent_dim: int, rope_dim: int):

@@ -85,7 +85,7 @@ def fp8_grouped_linear(
     x = sizes.check("x", x, FLOATS, "m k")
     w, w_scales, static = _weight(sizes, w, "g n k", x, scale_format, out_dtype, implementation)
     group_sizes = sizes.check("group_sizes", group_sizes, INT32, "g")
-    sizes.require_size("group_alignment", group_alignment)
+    group_alignment = sizes.require_size("group_alignment", group_alignment)
     static = dataclasses.replace(static, grouped=True, group_alignment=group_alignment)
     return _linear(static, *_ffi.align(x, w, w_scales, group_sizes))
 

@@ -61,10 +61,12 @@ def mla_decode(
     """
     sizes = Sizes("mla_decode")
     q = sizes.check("q", q, ATTENDED, "b s h d")
+    latent_dim = sizes.require_integer("latent_dim", latent_dim)
     sizes.require(0 < latent_dim <= sizes["d"], f"latent_dim must be from 1 to d={sizes['d']}, got {latent_dim}")
     cache = _check_cache(sizes, cache, latent_dim)
     block_table = sizes.check("block_table", block_table, INT32, "b pages")
     seq_lens = sizes.check("seq_lens", seq_lens, INT32, "b")
+    num_splits = None if num_splits is None else sizes.require_integer("num_splits", num_splits)
     allowed = num_splits is None or 1 <= num_splits <= MAX_SPLITS
     sizes.require(allowed, f"num_splits must be None or in 1..{MAX_SPLITS}, got {num_splits}")
     return _ffi.call(
@@ -75,9 +77,9 @@ def mla_decode(
         seq_lens,
         implementation=implementation,
         softmax_scale=float(softmax_scale),
-        latent_dim=int(latent_dim),
+        latent_dim=latent_dim,
         causal=bool(causal),
-        num_splits=int(num_splits or 0),
+        num_splits=num_splits or 0,
     )
 
 

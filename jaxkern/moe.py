@@ -63,6 +63,10 @@ def route(
     logits = sizes.check("logits", logits, (jnp.float32,), "t e")
     bias = sizes.check("bias", bias, (jnp.float32,), "e")
     experts = sizes["e"]
+    num_groups, topk_groups, top_k = (
+        sizes.require_integer(name, value)
+        for name, value in (("num_groups", num_groups), ("topk_groups", topk_groups), ("top_k", top_k))
+    )
     sizes.require(num_groups >= 1 and experts % num_groups == 0, f"num_groups={num_groups} must divide e={experts}")
     sizes.require(1 <= topk_groups <= num_groups, f"topk_groups={topk_groups} must be in 1..num_groups={num_groups}")
     limit = min(topk_groups * (experts // num_groups), MAX_TOP_K)
@@ -218,19 +222,18 @@ def dispatch(
     ranks = [jax.lax.axis_size(axis) for axis in axes]
     _check_names(sizes, layout, quantize, scale_format)
     sizes.require(1 <= k <= MAX_TOP_K, f"expert_ids must hold 1..{MAX_TOP_K} choices a token, got k={k}")
+    num_experts = sizes.require_size("num_experts", num_experts)
     sizes.require(
         num_experts % math.prod(ranks) == 0, f"the {math.prod(ranks)} ranks must divide num_experts={num_experts}"
     )
-    sizes.require_size("expert_alignment", expert_alignment)
+    expert_alignment = sizes.require_size("expert_alignment", expert_alignment)
     sizes.require(layout == "expert" or expert_alignment == 1, "expert_alignment needs layout 'expert'")
     if layout == "rank":
         sizes.require(capacity is None, "layout 'rank' is what crosses: wire_capacity bounds it, not capacity")
         axes, ranks = axes or [None], ranks or [1]
-    transports = _per_level(sizes, "transport", transport, len(axes))
-    wire_capacities = _per_level(sizes, "wire_capacity", wire_capacity, len(axes))
-    for name, size in (("capacity", capacity), *(("wire_capacity", rows) for rows in wire_capacities)):
-        if size is not None:
-            sizes.require_size(name, size)
+    capacity = sizes.optional_size("capacity", capacity)
+    transports = _per_level(sizes, "transport", transport, len(axes), functools.partial(_check_transport, sizes))
+    wire_capacities = _per_level(sizes, "wire_capacity", wire_capacity, len(axes), sizes.optional_size)
     *x, expert_ids, weights = _ffi.align(*x, expert_ids, weights)
     token_ids, token_weights = expert_ids, weights
 
@@ -323,7 +326,7 @@ def combine(
     rank_layout = handle.layout == "rank"
     sizes, dims = _sizes_of(handle, "combine")
     y = sizes.check("y", y, FLOATS, dims)
-    weighted = not rank_layout if weighted is None else weighted
+    weighted = not rank_layout if weighted is None else bool(weighted)
     sizes.require(not (rank_layout and weighted), "the rows of layout 'rank' are sums already, weighted must be False")
     sizes.require(reduction in REDUCTIONS, f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     sizes.require(not (rank_layout and reduction == "expert"), "layout 'rank' has no rows of experts to sum")
@@ -390,15 +393,21 @@ def _levels(axis_name) -> list:
     return list(axis_name) if isinstance(axis_name, tuple) else [axis_name]
 
 
-def _per_level(sizes, name, value, levels):
-    values = value if isinstance(value, tuple) else (value,) * levels
+def _per_level(sizes, name, value, levels, check):
+    """One value for each level, checked where there is none too."""
+    values = [check(name, v) for v in (value if isinstance(value, tuple) else (value,))]
+    values = values if isinstance(value, tuple) else values * levels
     sizes.require(len(values) == levels, f"{name} must be one for each of {levels} levels, got {value}")
     return values
 
 
-def _choose_transport(sizes, transport, axis, rows, layout):
+def _check_transport(sizes, name, transport):
     allowed = transport is None or transport in TRANSPORTS
-    sizes.require(allowed, f"transport must be None or one of {TRANSPORTS}, got {transport!r}")
+    sizes.require(allowed, f"{name} must be None or one of {TRANSPORTS}, got {transport!r}")
+    return transport
+
+
+def _choose_transport(sizes, transport, axis, rows, layout):
     if transport == "gather" and layout != "rank":
         sizes.require(rows is None, "transport 'gather' has no slabs that wire_capacity could bound")
     if axis is None:
@@ -548,6 +557,7 @@ def _index(handle):
 
 
 def _deliver(x, handle, scale_format, weighted, zero_gaps):
+    weighted, zero_gaps = bool(weighted), bool(zero_gaps)
     implementation = handle.implementation
     index = levels, slots, _, source = _index(handle)
     if len(x) == 1 and not scale_format:

@@ -74,12 +74,12 @@ def quantize(
     x = as_array(x)
     sizes = Sizes("quantize")
     check_scale_format(sizes, scale_format)
-    _check_block_shape(sizes, block_shape)
+    block_shape = _check_block_shape(sizes, block_shape)
     sizes.require(x.ndim >= 2, f"x must be [..., m, k], got {describe(x)}")
     *batch, m, k = x.shape
     x3 = sizes.check("x", x.reshape(math.prod(batch), m, k), _INPUTS, "b m k")
     values, scales = _ffi.call(
-        QUANTIZE, x3, implementation=implementation, block_shape=tuple(block_shape), scale_format=scale_format
+        QUANTIZE, x3, implementation=implementation, block_shape=block_shape, scale_format=scale_format
     )
     return ScaledArray(values.reshape(x.shape), scales.reshape(*batch, *scales.shape[1:]), block_shape)
 
@@ -112,7 +112,7 @@ def quantize_along_tokens(
     x = sizes.check("x", x, _INPUTS, "t m")
     everything = jnp.full(1, np.iinfo(np.int32).max, jnp.int32)  # cut to the t that there are
     group_sizes = everything if group_sizes is None else sizes.check("group_sizes", group_sizes, INT32, "g")
-    sizes.require_size("group_alignment", group_alignment)
+    group_alignment = sizes.require_size("group_alignment", group_alignment)
     tokens = blocks_of(sizes["t"], TOKEN_BLOCK) * TOKEN_BLOCK
     if group_alignment % TOKEN_BLOCK != 0:
         tokens += TOKEN_BLOCK * max(group_sizes.shape[0] - 1, 0)
@@ -244,9 +244,10 @@ def check_scale_format(sizes: Sizes, scale_format):
     sizes.require(scale_format in SCALE_FORMATS, f"scale_format must be one of {SCALE_FORMATS}, got {scale_format!r}")
 
 
-def _check_block_shape(sizes: Sizes, block_shape):
-    allowed = tuple(block_shape) in BLOCK_SHAPES
-    sizes.require(allowed, f"block_shape must be one of {BLOCK_SHAPES}, got {tuple(block_shape)}")
+def _check_block_shape(sizes: Sizes, block_shape) -> tuple[int, int]:
+    same = [b for b in BLOCK_SHAPES if isinstance(block_shape, tuple | list) and tuple(block_shape) == b]
+    sizes.require(same, f"block_shape must be one of {BLOCK_SHAPES}, got {block_shape}")
+    return same[0]
 
 
 def scaled(*shape, block_shape, scale_format):

@@ -1,5 +1,6 @@
 """What every op owes its users, whatever it computes. The ops are in contract.py."""
 
+import functools
 import inspect
 import os
 import re
@@ -58,6 +59,13 @@ def test_matches_reference_eagerly_and_jitted(case):
     expected = case.call(*case.operands, implementation="xla")
     assert_same(case.call(*case.operands), expected, tolerance(case))
     assert_same(jax.jit(case.call)(*case.operands), expected, tolerance(case))
+
+
+@over(UNTOLD)
+def test_without_jit(case):
+    with jax.disable_jit():
+        got = case.call(*case.operands)
+    assert_same(got, case.call(*case.operands), tolerance(case))
 
 
 @over(CASES)
@@ -339,6 +347,55 @@ def test_implementation_from_the_environment(case, monkeypatch):
     monkeypatch.setenv("JAXKERN_IMPLEMENTATION", "cuda")
     with pytest.raises(NotImplementedError, match=r"^\w+: implementation 'cuda' "):
         jax.jit(lambda *a: case.call(*a)).lower(*case.operands)
+
+
+# Static integers. Calls are cached by them, and what equals an integer without being one would stand for it there.
+
+
+def _statics():
+    """(op, argument, the op's call with that argument, a good value)."""
+    a, b, sizes = jnp.ones((4, 128)), jnp.ones((2, 8, 128)), jnp.array([1, 2], jnp.int32)
+    x, ids, weights = jnp.ones((6, 24)), jnp.zeros((6, 3), jnp.int32), jnp.ones((6, 3))
+    q, cache, table = jnp.ones((1, 1, 2, 40)), jnp.ones((2, 16, 40)), jnp.zeros((1, 2), jnp.int32)
+    packed = jnp.zeros((2, 656), jnp.uint8)
+    kv = jaxkern.kv_cache
+
+    def dispatch(**kwargs):
+        return jaxkern.dispatch(x, ids, weights, **{"num_experts": 8, **kwargs})
+
+    def decode(**kwargs):
+        lens = jnp.ones(1, jnp.int32)
+        return jaxkern.mla_decode(q, cache, table, lens, softmax_scale=0.2, **{"latent_dim": 32, **kwargs})
+
+    return [
+        ("grouped_gemm", "group_alignment", functools.partial(jaxkern.grouped_gemm, a, b, sizes), 2),
+        ("k_grouped_gemm", "group_alignment", functools.partial(jaxkern.k_grouped_gemm, a, a, sizes), 2),
+        ("fp8_grouped_linear", "group_alignment", functools.partial(jaxkern.fp8_grouped_linear, a, b, sizes), 2),
+        ("quantize_along_tokens", "group_alignment", functools.partial(jaxkern.quantize_along_tokens, a, sizes), 2),
+        ("route", "top_k", functools.partial(jaxkern.route, jnp.ones((4, 8)), jnp.ones(8)), 2),
+        ("route", "num_groups", functools.partial(jaxkern.route, jnp.ones((4, 8)), jnp.ones(8), top_k=1), 2),
+        ("route", "topk_groups", functools.partial(jaxkern.route, jnp.ones((4, 8)), jnp.ones(8), top_k=1), 1),
+        ("dispatch", "num_experts", dispatch, 8),
+        ("dispatch", "capacity", dispatch, 18),
+        ("dispatch", "wire_capacity", dispatch, 6),
+        ("dispatch", "expert_alignment", dispatch, 4),
+        ("mla_decode", "latent_dim", decode, 32),
+        ("mla_decode", "num_splits", decode, 2),
+        ("kv_cache.append", "latent_dim", functools.partial(kv.append, cache, q[0, :, :1], table[:, :1], table[:, :1]), 32),
+        ("kv_cache.pack", "latent_dim", functools.partial(kv.pack, a), 64),
+        ("kv_cache.unpack", "latent_dim", functools.partial(kv.unpack, packed), 512),
+        ("kv_cache.unpack", "rope_dim", functools.partial(kv.unpack, packed), 64),
+        ("kv_cache.row_bytes", "rope_dim", kv.row_bytes, 64),
+    ]
+
+
+@pytest.mark.parametrize("op,argument,call,good", [pytest.param(*s, id=f"{s[0]}-{s[1]}") for s in _statics()])
+def test_static_integers(op, argument, call, good):
+    jax.block_until_ready(call(**{argument: np.int32(good)}))
+    jax.block_until_ready(call(**{argument: good}))  # finds nothing in the cache that only equals it
+    for bad in (float(good), good + 0.5, True, str(good), [good]):
+        with pytest.raises(TypeError, match=rf"^{op}: {argument} must be an integer, got {re.escape(repr(bad))}"):
+            call(**{argument: bad})
 
 
 # Implementations and platforms. Lowering needs neither the GPU nor the kernels, so both can be made up.

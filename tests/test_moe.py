@@ -338,6 +338,14 @@ def test_dispatch_errors():
         jaxkern.dispatch(x, ids, weights, num_experts=4, expert_alignment=0)
     with pytest.raises(ValueError, match="dispatch: capacity must be in 1"):
         jaxkern.dispatch(x, ids, weights, num_experts=4, capacity=0)
+    for experts in (0, -8):
+        with pytest.raises(ValueError, match=f"dispatch: num_experts must be in 1.*, got {experts}"):
+            jaxkern.dispatch(x, ids, weights, num_experts=experts)
+    for transport in ("bogus", ["ragged"]):  # though nothing crosses
+        with pytest.raises(ValueError, match="dispatch: transport must be None or one of .*, got .*(bogus|ragged)"):
+            jaxkern.dispatch(x, ids, weights, num_experts=4, transport=transport)
+    with pytest.raises(ValueError, match="dispatch: wire_capacity must be in 1.*, got 0"):
+        jaxkern.dispatch(x, ids, weights, num_experts=4, wire_capacity=0)
     with pytest.raises(TypeError, match=r"dispatch: expert_ids must be int32 \[t=4, k\], got float32\[4,2\]"):
         jaxkern.dispatch(x, weights, weights, num_experts=4)
     received, handle = jaxkern.dispatch(x, ids, weights, num_experts=4)
