@@ -8,6 +8,7 @@ An op is one `Op` record. `call` binds it: on a CPU it lowers to our custom call
 import dataclasses
 import functools
 import importlib
+import json
 import os
 import pathlib
 import re
@@ -161,6 +162,20 @@ def not_built(implementation: str) -> str:
     if implementation == "sim" and SIM is None:
         return "this build has no simulator (it was built with JAXKERN_SIM=OFF)"
     return ""
+
+
+def exportable(node: type) -> type:
+    """Lets jax.export serialise what takes or returns this pytree: its static fields as JSON, without lists."""
+
+    def tuples(value):
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    return jax.export.register_pytree_node_serialization(
+        node,
+        serialized_name=f"jaxkern.{node.__name__}",
+        serialize_auxdata=lambda fields: json.dumps(fields).encode(),
+        deserialize_auxdata=lambda data: tuples(json.loads(bytes(data))),
+    )
 
 
 def align(*arrays: jax.Array) -> list[jax.Array]:

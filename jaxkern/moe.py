@@ -89,6 +89,7 @@ def route(
     return expert_ids, weights * scale
 
 
+@_ffi.exportable
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["ranks", "slots", "keys", "source", "sent", "select"],
@@ -120,6 +121,7 @@ class Level:
         return self.sent.shape[0]
 
 
+@_ffi.exportable
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
@@ -265,7 +267,7 @@ def dispatch(
         weights = jnp.where(expert_ids < 0, 0, weights)
     else:
         rows = capacity or _worst_case(expert_ids.shape, local_experts, expert_alignment, layout)
-        order = jnp.argsort(place[:, 0], stable=True) if len(axes) > 1 else None
+        order = jnp.argsort(place[:, 0], stable=True).astype(jnp.int32) if len(axes) > 1 else None
         slots, source, group_sizes, dropped = _ffi.call(
             ASSIGN_SLOTS,
             expert_ids if order is None else expert_ids[order],
@@ -478,7 +480,11 @@ def _count_lost(level, expert_ids, bounded, lost, local_experts):
     here = jnp.where((_slot_of_choice(level) < 0) & (level.ranks >= 0), expert_ids, experts)
     counts = jnp.zeros_like(here, shape=(experts,)).at[here.reshape(-1)].add(1, mode="drop")
     counts = counts if lost is None else counts + lost
-    return _exchange(dataclasses.replace(level, transport="all_to_all"), counts).reshape(-1, local_experts).sum(0)
+    return (
+        _exchange(dataclasses.replace(level, transport="all_to_all"), counts)
+        .reshape(-1, local_experts)
+        .sum(0, dtype=jnp.int32)
+    )
 
 
 def _forward(level, arrays, implementation, scale_format=None, zero_gaps=True):

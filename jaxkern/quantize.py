@@ -20,6 +20,7 @@ TOKEN_BLOCK = 128  # tokens that share a scale in `quantize_along_tokens`, and t
 _INPUTS = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
+@_ffi.exportable
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["block_shape"])
 class ScaledArray:
     """An FP8 array with one scale a block: element = value * scale of its block.
@@ -28,7 +29,7 @@ class ScaledArray:
     scales: float32 or float8_e8m0fnu [..., ceil(m / bm), ceil(k / bk)]
     block_shape: (bm, bk), static; (1, 128) for activations, (128, 128) for weights. Blocks at the edge may be partial.
 
-    A pytree, so it passes through jit, scan, vmap and checkpoints.
+    A pytree, so it passes through jit, scan, vmap, exports and checkpoints.
     """
 
     def __init__(self, values, scales, block_shape: tuple[int, int] = (1, 128)):

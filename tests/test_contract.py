@@ -381,7 +381,12 @@ def _statics():
         ("dispatch", "expert_alignment", dispatch, 4),
         ("mla_decode", "latent_dim", decode, 32),
         ("mla_decode", "num_splits", decode, 2),
-        ("kv_cache.append", "latent_dim", functools.partial(kv.append, cache, q[0, :, :1], table[:, :1], table[:, :1]), 32),
+        (
+            "kv_cache.append",
+            "latent_dim",
+            functools.partial(kv.append, cache, q[0, :, :1], table[:, :1], table[:, :1]),
+            32,
+        ),
         ("kv_cache.pack", "latent_dim", functools.partial(kv.pack, a), 64),
         ("kv_cache.unpack", "latent_dim", functools.partial(kv.unpack, packed), 512),
         ("kv_cache.unpack", "rope_dim", functools.partial(kv.unpack, packed), 64),

@@ -396,3 +396,52 @@ def fill_memory(byte: int):
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-6, byte)  # M_PERTURB
+
+
+def test_exports_of_handles_are_files():
+    """Of a Handle, its Levels and a ScaledArray, as arguments and results."""
+    mesh = jax.make_mesh((2, 2), ("host", "device"), axis_types=(AxisType.Auto,) * 2)
+    split, checks = P(("host", "device")), jaxkern.DISABLE_JAX_EXPORT_CHECKS
+    x = np.random.default_rng(0).standard_normal((16, 256)).astype(np.float32)
+    ids, weights = random_routing(16, 8, 2)
+    scaled = jaxkern.quantize(x)
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=split, out_specs=split)
+    def there(x, ids, weights):
+        return jaxkern.dispatch(x, ids, weights, num_experts=8, axis_name=("host", "device"), wire_capacity=(4, None))
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=split, out_specs=split)
+    def back(received, handle):
+        return jaxkern.combine(jaxkern.dequantize(received), handle)
+
+    def exported(call, *arrays):
+        arrays = [jax.tree.map(lambda a: jax.device_put(a, jax.NamedSharding(mesh, split)), a) for a in arrays]
+        file = jax.export.export(call, disabled_checks=checks)(*arrays).serialize()
+        return jax.jit(jax.export.deserialize(file).call)(*arrays)
+
+    received, handle = exported(there, scaled, ids, weights)
+    assert jax.tree.structure((received, handle)) == jax.tree.structure(there(scaled, ids, weights))
+    y = exported(back, received, handle)
+    np.testing.assert_array_equal(y, back(*there(scaled, ids, weights)))
+
+
+def test_indices_are_int32_in_x64_mode():
+    mesh = jax.make_mesh((2, 2), ("host", "device"), axis_types=(AxisType.Auto,) * 2)
+    ids, weights = random_routing(16, 8, 2)
+    x = np.random.default_rng(0).standard_normal((16, 24)).astype(np.float32)
+
+    def layer(x, ids, weights):
+        received, handle = jaxkern.dispatch(
+            x, ids, weights, num_experts=8, axis_name=("host", "device"), wire_capacity=(4, None)
+        )
+        return jaxkern.combine(received, handle), handle.dropped, handle.slots, handle.source
+
+    run = jax.shard_map(layer, mesh=mesh, in_specs=P(("host", "device")), out_specs=P(("host", "device")))
+    expected = jax.jit(run)(x, ids, weights)
+    with jax.enable_x64(True):
+        got = jax.jit(run)(x, ids, weights)
+    for g, e in zip(got, expected, strict=True):
+        assert g.dtype == e.dtype
+        np.testing.assert_array_equal(g, e)
