@@ -91,9 +91,6 @@ def call(op: Op, *arrays: jax.Array, implementation: str | None = None, **params
     """Runs `op` with the chosen implementation. Parameters are static and hashable."""
     implementation = resolve(op, implementation)
     with jax.named_scope(f"jaxkern.{op.name}"):
-        if implementation == "xla":
-            USED.setdefault(op.name, set()).add("xla")
-            return tuple(op.reference(*arrays, **params))
         return tuple(op.primitive.bind(*align(*arrays), implementation=implementation, **params))
 
 
@@ -274,12 +271,26 @@ def _make_primitive(op: Op) -> Primitive:
         run = op.reference if chosen == "xla" else functools.partial(_call_hopper, op, chosen, ctx.avals_out)
         return mlir.lower_fun(run, multiple_results=True)(ctx, *operands, **params)
 
+    def differentiate(primals, tangents, *, implementation, **params):
+        if implementation != "xla":
+            raise NotImplementedError(
+                f"{op.name}: a kernel has no derivative; use stop_gradient, or implementation='xla'"
+            )
+        moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+
+        def of_moving(*arrays):
+            operands = dict(enumerate(primals)) | dict(zip(moving, arrays, strict=True))
+            return tuple(op.reference(*operands.values(), **params))
+
+        return jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
+
     def batch(arrays, axes, **params):
         return _batch(op, arrays, axes, params)
 
     primitive.def_abstract_eval(abstract_eval)
     primitive.def_impl(run_eagerly)
     batching.primitive_batchers[primitive] = batch
+    ad.primitive_jvps[primitive] = differentiate
     targets = {op.target("cpu")} if op.cpu is not None else set()
     if op.hopper is not None:
         targets |= {op.target("cuda"), op.target("sim")}
