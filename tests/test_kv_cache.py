@@ -215,6 +215,7 @@ def test_zero_sizes(p, page, b, s, pages, implementation):
     table, positions = np.zeros((b, pages), np.int32), np.zeros((b, s), np.int32)
     run = jax.jit(lambda *a: kv_cache.append(*a, implementation=implementation))
     np.testing.assert_array_equal(run(cache, np.zeros((b, s, 5), np.float32), table, positions), cache)
+    np.testing.assert_array_equal(kv_cache.gather(cache, table), np.full((b, pages * page, 5), float(p > 0)))
 
 
 @pytest.mark.parametrize("dtype", [*NUMBERS, np.uint8])

@@ -304,3 +304,9 @@ def test_errors_name_what_is_wrong():
         jaxkern.dequantize(x)
     with pytest.raises(TypeError, match=r"dequantize: a.values must be float8_e4m3fn"):
         jaxkern.dequantize(jaxkern.ScaledArray(x, x))
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+def test_along_no_tokens(implementation):
+    a = jaxkern.quantize_along_tokens(jnp.ones((0, 4)), jnp.zeros(3, jnp.int32), implementation=implementation)
+    assert a.shape == (4, 256) and (jaxkern.dequantize(a) == 0).all()
