@@ -338,7 +338,7 @@ def combine(
         sizes.require(dtypes[i] in FLOATS, f"{name} must be float32 or bfloat16, got {dtypes[i]}", TypeError)
     sizes.known["t"] = handle.token_ids.shape[0]
     bias = _none(handle.token_weights) if bias is None else sizes.check("bias", bias, FLOATS, "t h")
-    y = y.reshape(-1, y.shape[-1])
+    y = y.reshape(math.prod(y.shape[:-1]), y.shape[-1])
     index = _index(handle)
     weights, experts = handle.weights, _local_experts(handle)
     if reduction == "expert" and handle.levels:
@@ -423,7 +423,8 @@ def _worst_case(shape, local_experts, alignment, layout):
         return n
     worst = n * min(k, local_experts)
     if alignment > 1:
-        worst = _ceil_to(worst + min(local_experts, worst) * (alignment - 1), alignment)
+        experts = min(local_experts, worst) if isinstance(worst, int) else local_experts  # that a token may choose
+        worst = _ceil_to(worst + experts * (alignment - 1), alignment)
     return worst
 
 
@@ -677,9 +678,9 @@ def _rows_at_tokens(y, handle):
     rows = _move(y, handle.slots.reshape(-1), handle.source, implementation)
     for level in reversed(handle.levels):
         t, k = level.slots.shape
+        slabs, h = rows.shape[0] // k, rows.shape[1]
         # A slab row carries the rows of all k choices of its token.
-        rows = rows.reshape(-1, k * rows.shape[-1])
-        rows = _return(level, rows).reshape(-1, rows.shape[-1] // k)
+        rows = _return(level, rows.reshape(slabs, k * h)).reshape(slabs * k, h)
         slots = _slot_of_choice(level)
         there = jnp.where(slots < 0, -1, slots * k + np.arange(k, dtype=np.int32)).reshape(-1)
         back = jnp.full_like(there, -1, shape=(rows.shape[0],))
@@ -690,11 +691,11 @@ def _rows_at_tokens(y, handle):
 
 def _return(level, rows):
     @jax.custom_vjp
-    def back(rows):
+    def back(rows, level):
         return _exchange(level, rows, back=True)
 
-    back.defvjp(lambda rows: (back(rows), None), lambda _, g: (_exchange(level, g),))
-    return back(rows)
+    back.defvjp(lambda rows, level: (back(rows, level), level), lambda level, g: (_exchange(level, g), None))
+    return back(rows, level)
 
 
 def _index_at_tokens(handle):

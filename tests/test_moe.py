@@ -445,3 +445,48 @@ def test_indices_are_int32_in_x64_mode():
     for g, e in zip(got, expected, strict=True):
         assert g.dtype == e.dtype
         np.testing.assert_array_equal(g, e)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+@pytest.mark.parametrize("t, h", [(0, 8), (4, 0)])
+def test_zero_sizes(t, h, implementation):
+    def layer(x, weights):
+        ids = jnp.zeros((t, 2), jnp.int32)
+        received, handle = jaxkern.dispatch(
+            x, ids, weights, num_experts=4, capacity=5, layout="masked", implementation=implementation
+        )
+        return jaxkern.combine(received, handle)
+
+    x, weights = jnp.ones((t, h)), jnp.ones((t, 2))
+    y, gradients = jax.vjp(layer, x, weights)
+    assert y.shape == (t, h) and [g.shape for g in gradients(y)] == [x.shape, weights.shape]
+
+
+def test_export_with_symbolic_tokens_and_aligned_experts():
+    def layer(x, ids, weights):
+        received, handle = jaxkern.dispatch(x, ids, weights, num_experts=8, expert_alignment=4)
+        return jaxkern.combine(received, handle)
+
+    arrays = np.ones((5, 8), np.float32), np.arange(10, dtype=np.int32).reshape(5, 2), np.ones((5, 2), np.float32)
+    scope = jax.export.SymbolicScope()
+    dims = [jax.export.symbolic_shape(f"t, {x.shape[1]}", scope=scope) for x in arrays]
+    shapes = [jax.ShapeDtypeStruct(d, x.dtype) for d, x in zip(dims, arrays, strict=True)]
+    exported = jax.export.export(jax.jit(layer), disabled_checks=jaxkern.DISABLE_JAX_EXPORT_CHECKS)(*shapes)
+    np.testing.assert_array_equal(exported.call(*arrays), layer(*arrays))
+
+
+@pytest.mark.parametrize("reduction", ["rank", "expert"])
+def test_export_of_the_gradient_of_ragged_combines(reduction):
+    """Its residuals are arguments of the backward pass: one closed over would be a constant of no program."""
+    mesh = jax.make_mesh((4,), ("expert",), axis_types=(AxisType.Auto,))
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+    def layer(x, ids, weights):
+        received, handle = jaxkern.dispatch(x, ids, weights, num_experts=8, axis_name="expert", transport="ragged")
+        return jaxkern.combine(jnp.tanh(received), handle, reduction=reduction)
+
+    gradient = jax.jit(jax.grad(lambda x, ids, weights: (layer(x, ids, weights) ** 2).sum(), (0, 2)))
+    ids, weights = random_routing(16, 8, 2)
+    x = np.ones((16, 24), np.float32)
+    checks = [*jaxkern.DISABLE_JAX_EXPORT_CHECKS, jax.export.DisabledSafetyCheck.custom_call("ragged_all_to_all")]
+    jax.export.export(gradient, platforms=["cuda"], disabled_checks=checks)(x, ids, weights).serialize()
