@@ -29,10 +29,10 @@ class Sizes:
 
     def check(self, argument: str, x, dtypes, dims: str) -> jax.Array:
         """`x` as an array of one of `dtypes` with the dimensions `dims`, names or numbers; raises otherwise."""
-        x = as_array(x)
         names = dims.split()
         allowed = [np.dtype(d) for d in dtypes]
         expected = f"{' or '.join(d.name for d in allowed)} [{', '.join(self._describe(n) for n in names)}]"
+        x = self.array(argument, x, expected)
         if x.dtype not in allowed:
             raise TypeError(f"{self.op}: {argument} must be {expected}, got {describe(x)}")
         if x.ndim != len(names):
@@ -41,6 +41,26 @@ class Sizes:
             if size != self._bind(name, size):
                 raise ValueError(f"{self.op}: {argument} must be {expected}, got {describe(x)}")
         return x
+
+    def array(self, argument: str, x, expected: str = "an array") -> jax.Array:
+        """`x` as an array, whole on every device (`_ffi.whole`)."""
+        try:
+            x = x if isinstance(x, jax.Array) else jnp.asarray(x)
+        except (TypeError, ValueError):
+            kind = "None" if x is None else type(x).__name__
+            raise TypeError(f"{self.op}: {argument} must be {expected}, got {kind}") from None
+        return _ffi.whole(x)
+
+    def require_dtype(self, argument: str, dtype, allowed) -> np.dtype:
+        try:
+            found = None if dtype is None else np.dtype(dtype)
+        except TypeError:
+            found = None
+        names = " or ".join(np.dtype(d).name for d in allowed)
+        self.require(
+            found is not None and found in allowed, f"{argument} must be {names}, got {found or repr(dtype)}", TypeError
+        )
+        return found
 
     def require_integer(self, argument: str, value) -> int:
         """A static integer as Python's own: calls are cached by it, and 2.0 or np.int32(2) would pass for 2 there."""
@@ -71,10 +91,6 @@ def require_integer(op: str, argument: str, value) -> int:
         return operator.index(None if isinstance(value, bool) else value)
     except TypeError:
         raise TypeError(f"{op}: {argument} must be an integer, got {value!r}") from None
-
-
-def as_array(x) -> jax.Array:
-    return _ffi.whole(x if isinstance(x, jax.Array) else jnp.asarray(x))
 
 
 def describe(x) -> str:

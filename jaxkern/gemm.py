@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkern import _ffi, reference
-from jaxkern._check import FLOATS, INT32, Sizes, as_array, describe
+from jaxkern._check import FLOATS, INT32, Sizes, describe
 from jaxkern.quantize import BY_COLUMN, ScaledArray, check_scaled, too_many_groups
 
 UNSCALED = (0, 0)  # the block shape of an operand without scales
@@ -32,7 +32,8 @@ def gemm(
         vmap is one call.
     Sharding: shard_map, along any axis; along k the shards' results are still to be summed, and a scale block must not
         be cut.
-    Gradient: of a, b and accumulator; with a ScaledArray b, of a (b is frozen: zeros). None with a ScaledArray a.
+    Gradient: of a, b and accumulator; with a ScaledArray b, of a (b is frozen: zeros, but 2^-127 for the scales of
+        "ue8m0", whose dtype has no zero). None with a ScaledArray a.
     Implementations: cpu, xla; cuda and sim for two ScaledArrays, n and k multiples of 16. The GPU's sums within 128 of
         k keep the 13 bits of its tensor cores.
     Errors: TypeError for dtypes that do not go together, ValueError for shapes, NotImplementedError for the gradient of
@@ -165,7 +166,7 @@ def k_grouped_gemm(
     is_scaled = isinstance(a, ScaledArray)
     sizes.require(
         isinstance(b, ScaledArray) == is_scaled,
-        f"a and b must be both ScaledArrays or neither, got a {_kind(a)} and b {_kind(b)}",
+        f"a and b must be both ScaledArrays or neither, got a {_kind(sizes, a)} and b {_kind(sizes, b)}",
         TypeError,
     )
     a = _operand(sizes, "a", a, "m t" if is_scaled else "t m", blocks=((1, 128),))
@@ -213,7 +214,7 @@ def _operand(sizes: Sizes, argument: str, x, dims: str, blocks):
         return sizes.check(argument, x, FLOATS, dims), jnp.zeros((0,) * len(dims.split()), jnp.float32), UNSCALED
     allowed = " or ".join(map(str, blocks))
     sizes.require(x.block_shape in blocks, f"{argument} must have blocks {allowed}, got {x.block_shape}")
-    values, scales = check_scaled(sizes, argument, as_array(x.values), x.scales, x.block_shape, dims)
+    values, scales = check_scaled(sizes, argument, x.values, x.scales, x.block_shape, dims)
     return values, scales, x.block_shape
 
 
@@ -227,13 +228,11 @@ def _out_dtype(sizes: Sizes, a, b, out_dtype) -> np.dtype:
     )
     if out_dtype is None:
         return np.dtype(jnp.float32 if a.dtype == jnp.float32 else jnp.bfloat16)
-    out_dtype = np.dtype(out_dtype)
-    sizes.require(out_dtype in FLOATS, f"out_dtype must be float32 or bfloat16, got {out_dtype}", TypeError)
-    return out_dtype
+    return sizes.require_dtype("out_dtype", out_dtype, FLOATS)
 
 
-def _kind(x) -> str:
-    return "a ScaledArray" if isinstance(x, ScaledArray) else describe(as_array(x))
+def _kind(sizes: Sizes, x) -> str:
+    return "a ScaledArray" if isinstance(x, ScaledArray) else describe(sizes.array("a and b", x))
 
 
 def _or_absent(accumulator):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkern import _ffi, reference
-from jaxkern._check import FLOATS, INT32, Sizes, as_array, describe
+from jaxkern._check import FLOATS, INT32, Sizes, describe
 
 MAX_SPLITS = 1024  # partial results are kept for each
 ATTENDED = (*FLOATS, np.dtype(np.float16))  # what the ops here take
@@ -110,9 +110,7 @@ def merge_attention(
     Source: FlashAttention-2; FlashMLA's combine kernel.
     """
     sizes = Sizes("merge_attention")
-    outs, lses = (
-        jnp.stack([as_array(part) for part in x]) if isinstance(x, list | tuple) else as_array(x) for x in (outs, lses)
-    )
+    outs, lses = _stacked(sizes, "outs", outs), _stacked(sizes, "lses", lses)
     dims = ["n", *(f"b{axis}" for axis in range(outs.ndim - 2))]
     expected = f"outs must be {' or '.join(d.name for d in ATTENDED)} [n, ..., d], got {describe(outs)}"
     sizes.require(outs.dtype in ATTENDED, expected, TypeError)
@@ -211,11 +209,25 @@ _prefill.defvjp(_prefill_forward, _prefill_backward)
 def _check_cache(sizes: Sizes, cache, latent_dim: int) -> jax.Array:
     """The cache: rows of d numbers, or packed ones."""
     dims = "p page d"
-    if as_array(cache).dtype == PACKED:
+    cache = sizes.array("cache", cache)
+    if cache.dtype == PACKED:
         sizes.require(latent_dim % 4 == 0, f"latent_dim of a packed cache must be a multiple of 4, got {latent_dim}")
         sizes.known["bytes"] = reference.row_bytes(latent_dim, sizes["d"] - latent_dim)
         dims = "p page bytes"
     return sizes.check("cache", cache, (*ATTENDED, PACKED), dims)
+
+
+def _stacked(sizes: Sizes, argument: str, parts) -> jax.Array:
+    """One array of the parts, which are alike: jnp.stack would take any dtypes together."""
+    if not isinstance(parts, list | tuple):
+        return sizes.array(argument, parts)
+    sizes.require(parts, f"{argument} must have a part, got none")
+    parts = [sizes.array(f"{argument}[{i}]", part) for i, part in enumerate(parts)]
+    for i, part in enumerate(parts):
+        unlike = f"{argument}[{i}] must be {describe(parts[0])} as {argument}[0] is, got {describe(part)}"
+        sizes.require(part.dtype == parts[0].dtype, unlike, TypeError)
+        sizes.require(part.shape == parts[0].shape, unlike)
+    return jnp.stack(parts)
 
 
 def _decode_results(q, cache, block_table, seq_lens, *, latent_dim, **_):

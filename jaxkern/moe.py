@@ -188,7 +188,7 @@ def dispatch(
     Shapes and dtypes: x float32 or bfloat16 [t, h], or a ScaledArray of it with blocks (1, 128), expert_ids int32
         [t, k] (-1, or any id that is no expert, selects nothing), weights float32 [t, k] -> received and a `Handle`.
         received has x's dtype, or is a ScaledArray if x is one or with quantize="fp8", which gives the values and
-        scales of `jaxkern.quantize`, in scale_format. By layout:
+        scales of `jaxkern.quantize`, in scale_format; a ScaledArray travels as it is, whatever they say. By layout:
         "expert": [capacity, h], ready for `grouped_gemm`. The rows of one expert are together, in the order of (source
         rank, token, choice); each expert's first row is a multiple of expert_alignment.
         "masked": [local experts, capacity, h], ready for `masked_grouped_gemm`: the rows of each expert come first.
@@ -334,8 +334,7 @@ def combine(
     sizes.require(not (rank_layout and reduction == "expert"), "layout 'rank' has no rows of experts to sum")
     dtypes = [y.dtype, y.dtype if rank_layout else np.dtype(np.float32)]
     for i, (name, dtype) in enumerate((("out_dtype", out_dtype), ("wire_dtype", wire_dtype))):
-        dtypes[i] = dtypes[i] if dtype is None else np.dtype(dtype)
-        sizes.require(dtypes[i] in FLOATS, f"{name} must be float32 or bfloat16, got {dtypes[i]}", TypeError)
+        dtypes[i] = dtypes[i] if dtype is None else sizes.require_dtype(name, dtype, FLOATS)
     sizes.known["t"] = handle.token_ids.shape[0]
     bias = _none(handle.token_weights) if bias is None else sizes.check("bias", bias, FLOATS, "t h")
     y = y.reshape(math.prod(y.shape[:-1]), y.shape[-1])

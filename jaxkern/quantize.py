@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkern import _ffi, reference
-from jaxkern._check import INT32, Sizes, as_array, describe
+from jaxkern._check import INT32, Sizes, describe
 
 BLOCK_SHAPES = ((1, 128), (128, 128))
 MOST_GROUPS, MOST_GROUPED = 1024, 2**26 - 1  # what the Hopper kernels hold: groups, and rows of all of them
@@ -17,7 +17,7 @@ BY_COLUMN = (0, 2, 1)  # major to minor: how the scales of (1, 128) blocks lie i
 ScaleFormat = Literal["float32", "power_of_two", "ue8m0"]
 SCALE_FORMATS = get_args(ScaleFormat)
 TOKEN_BLOCK = 128  # tokens that share a scale in `quantize_along_tokens`, and the alignment of its groups
-_INPUTS = (jnp.float32, jnp.bfloat16, jnp.float16)
+_INPUTS = tuple(map(np.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
 
 @_ffi.exportable
@@ -72,8 +72,8 @@ def quantize(
     Errors: TypeError for another dtype, ValueError for a rank below 2 or an unknown block shape or scale format.
     Source: DeepSeek-V3 report, section 3.3.2.
     """
-    x = as_array(x)
     sizes = Sizes("quantize")
+    x = sizes.array("x", x)
     check_scale_format(sizes, scale_format)
     block_shape = _check_block_shape(sizes, block_shape)
     sizes.require(x.ndim >= 2, f"x must be [..., m, k], got {describe(x)}")
@@ -157,7 +157,7 @@ def swiglu_quantize(
     check_scale_format(sizes, scale_format)
     paired = isinstance(gate_up, (tuple, list))
     sizes.require(not paired or len(gate_up) == 2, "gate_up must be one array or a pair (gate, up)")
-    gate = as_array(gate_up[0] if paired else gate_up)
+    gate = sizes.array("gate_up", gate_up[0] if paired else gate_up)
     sizes.require(gate.ndim >= 2, f"gate_up must be [..., m, {'i' if paired else '2i'}], got {describe(gate)}")
     *batch, m, width = gate.shape
     names = [f"b{axis}" for axis in range(len(batch))] + ["m"]
@@ -199,11 +199,11 @@ def dequantize(a: ScaledArray, dtype=jnp.float32, *, implementation: str | None 
     """
     sizes = Sizes("dequantize")
     sizes.require(isinstance(a, ScaledArray), f"a must be a ScaledArray, got {type(a).__name__}", TypeError)
-    sizes.require(np.dtype(dtype) in [np.dtype(d) for d in _INPUTS], f"dtype {np.dtype(dtype)} is no float", TypeError)
-    sizes.require(a.ndim >= 2, f"a.values must be [..., m, k], got {describe(a.values)}")
+    dtype = sizes.require_dtype("dtype", dtype, _INPUTS)
+    values, scales = sizes.array("a.values", a.values), sizes.array("a.scales", a.scales)
+    sizes.require(a.ndim >= 2, f"a.values must be [..., m, k], got {describe(values)}")
     batch = a.shape[:-2]
-    values = as_array(a.values).reshape(math.prod(batch), *a.shape[-2:])
-    scales = as_array(a.scales)
+    values = values.reshape(math.prod(batch), *a.shape[-2:])
     fits = scales.ndim == a.ndim and scales.shape[:-2] == batch
     sizes.require(
         fits, f"a.scales must be a matrix for each matrix of a.values, {describe(a.values)}, got {describe(scales)}"
@@ -211,7 +211,7 @@ def dequantize(a: ScaledArray, dtype=jnp.float32, *, implementation: str | None 
     scales = scales.reshape(math.prod(batch), *scales.shape[-2:])
     check_scaled(sizes, "a", values, scales, a.block_shape, "b m k")
     (x,) = _ffi.call(
-        DEQUANTIZE, values, scales, implementation=implementation, block_shape=a.block_shape, dtype=np.dtype(dtype).name
+        DEQUANTIZE, values, scales, implementation=implementation, block_shape=a.block_shape, dtype=dtype.name
     )
     return x.reshape(a.shape)
 

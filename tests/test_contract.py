@@ -308,6 +308,12 @@ def test_wrong_rank(case):
             _trace(case, arrays)
 
 
+@over([c for c in UNTOLD if c.name != "replay"])  # its case multiplies the operand first
+def test_no_array(case):
+    with pytest.raises(TypeError, match=rf"^[\w.]+: {next(iter(case.arrays)).split('.')[0]}.* must be .*, got None$"):
+        case.call(None, *case.operands[1:])
+
+
 @over([c for c in CASES if c.mismatch])
 def test_mismatched_sizes(case):
     for name, axis in case.mismatch:

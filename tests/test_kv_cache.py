@@ -353,7 +353,7 @@ def test_errors_of_packed_rows():
         kv_cache.pack(positions)
     with pytest.raises(ValueError, match=r"unpack: packed must have rows of 656 bytes for 512 \+ 64, got uint8\[655\]"):
         kv_cache.unpack(cache[0, 0, 1:])
-    with pytest.raises(TypeError, match="kv_cache.unpack: dtype int32 is no float"):
+    with pytest.raises(TypeError, match="kv_cache.unpack: dtype must be float32 or bfloat16 or float16, got int32"):
         kv_cache.unpack(cache, dtype=np.int32)
     with pytest.raises(ValueError, match="kv_cache.row_bytes: latent_dim of a packed row must be .* got 0"):
         kv_cache.row_bytes(0, 64)

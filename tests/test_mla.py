@@ -864,3 +864,19 @@ def test_decode_without_any_page(implementation):
         q, cache, table, lens, softmax_scale=0.2, latent_dim=32, implementation=implementation
     )
     assert (out == 0).all() and (lse == -jnp.inf).all()
+
+
+def test_parts_that_are_not_alike():
+    lses = [jnp.zeros(3)] * 2
+    with pytest.raises(ValueError, match="merge_attention: outs must have a part, got none"):
+        jaxkern.merge_attention([], [])
+    with pytest.raises(
+        ValueError, match=r"merge_attention: outs\[1\] must be float32\[3,8\] as .*, got float32\[2,8\]"
+    ):
+        jaxkern.merge_attention([jnp.ones((3, 8)), jnp.ones((2, 8))], lses)
+    with pytest.raises(
+        TypeError, match=r"merge_attention: outs\[1\] must be float32\[3,8\] as .*, got bfloat16\[3,8\]"
+    ):
+        jaxkern.merge_attention([jnp.ones((3, 8)), jnp.ones((3, 8), jnp.bfloat16)], lses)
+    with pytest.raises(TypeError, match=r"merge_attention: lses\[0\] must be an array, got None"):
+        jaxkern.merge_attention([jnp.ones((3, 8))], [None])
