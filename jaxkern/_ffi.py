@@ -8,6 +8,7 @@ An op is one `Op` record. `call` binds it: on a CPU it lowers to our custom call
 import dataclasses
 import functools
 import importlib
+import json
 import os
 import pathlib
 import re
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 IMPLEMENTATIONS = ("cpu", "cuda", "xla", "sim")
 PLATFORMS = {"cpu": "cpu", "cuda": "cuda", "sim": "cpu"}  # where each runs; "xla" runs everywhere
@@ -90,9 +91,6 @@ def call(op: Op, *arrays: jax.Array, implementation: str | None = None, **params
     """Runs `op` with the chosen implementation. Parameters are static and hashable."""
     implementation = resolve(op, implementation)
     with jax.named_scope(f"jaxkern.{op.name}"):
-        if implementation == "xla":
-            USED.setdefault(op.name, set()).add("xla")
-            return tuple(op.reference(*arrays, **params))
         return tuple(op.primitive.bind(*align(*arrays), implementation=implementation, **params))
 
 
@@ -163,6 +161,20 @@ def not_built(implementation: str) -> str:
     return ""
 
 
+def exportable(node: type) -> type:
+    """Lets jax.export serialise what takes or returns this pytree: its static fields as JSON, without lists."""
+
+    def tuples(value):
+        return tuple(map(tuples, value)) if isinstance(value, list) else value
+
+    return jax.export.register_pytree_node_serialization(
+        node,
+        serialized_name=f"jaxkern.{node.__name__}",
+        serialize_auxdata=lambda fields: json.dumps(fields).encode(),
+        deserialize_auxdata=lambda data: tuples(json.loads(bytes(data))),
+    )
+
+
 def align(*arrays: jax.Array) -> list[jax.Array]:
     """Casts the operands to the union of their varying mesh axes, as a primitive inside shard_map needs it.
 
@@ -175,6 +187,15 @@ def align(*arrays: jax.Array) -> list[jax.Array]:
         jax.lax.pcast(x, tuple(union - own), to="varying") if union - own else x
         for x, own in zip(arrays, varying, strict=True)
     ]
+
+
+def whole(x: jax.Array) -> jax.Array:
+    """`x`, gathered from the Explicit mesh axes that it may be split along: our calls cannot be split.
+
+    Its cotangent gets x's own sharding. shard_map's manual axes stay as they are, XLA itself gathers from Auto ones.
+    """
+    explicit = jax.sharding.AxisType.Explicit in jax.typeof(x).sharding.mesh.axis_types
+    return _WHOLE.bind(x) if explicit else x
 
 
 def only_on(platforms: Sequence[str], x: jax.Array, message: str) -> jax.Array:
@@ -199,6 +220,25 @@ def _make_only_on() -> Primitive:
 _ONLY_ON = _make_only_on()
 
 
+def _make_whole() -> Primitive:
+    """A primitive, so that vmap gathers the axis that it took from `x` as well."""
+    primitive = Primitive("jaxkern_whole")
+
+    def gather(x):
+        aval = jax.typeof(x)
+        return jax.sharding.reshard(x, _like(aval, aval.shape, aval.dtype).sharding)
+
+    primitive.def_abstract_eval(lambda x: _like(x, x.shape, x.dtype))
+    primitive.def_impl(gather)
+    ad.deflinear2(primitive, lambda cotangent, x: [jax.sharding.reshard(cotangent, x.aval.sharding)])
+    batching.primitive_batchers[primitive] = lambda arrays, axes: (primitive.bind(*arrays), axes[0])
+    mlir.register_lowering(primitive, mlir.lower_fun(gather, multiple_results=False))
+    return primitive
+
+
+_WHOLE = _make_whole()
+
+
 def _make_primitive(op: Op) -> Primitive:
     primitive = Primitive(f"jaxkern_{op.name}")
     primitive.multiple_results = True
@@ -209,7 +249,8 @@ def _make_primitive(op: Op) -> Primitive:
         return [_like(avals[0], shape, dtype) for shape, dtype in op.results(*avals, **params)]
 
     def run_eagerly(*arrays, **params):
-        return _compiled(primitive, tuple(sorted(params.items())))(*arrays)
+        with jax.disable_jit(False):  # or the call would come back here
+            return _compiled(primitive, tuple(sorted(params.items())))(*arrays)
 
     def lower(platform, ctx, *operands, implementation, **params):
         platform = platform or ", ".join(ctx.module_context.platforms)
@@ -230,12 +271,26 @@ def _make_primitive(op: Op) -> Primitive:
         run = op.reference if chosen == "xla" else functools.partial(_call_hopper, op, chosen, ctx.avals_out)
         return mlir.lower_fun(run, multiple_results=True)(ctx, *operands, **params)
 
+    def differentiate(primals, tangents, *, implementation, **params):
+        if implementation != "xla":
+            raise NotImplementedError(
+                f"{op.name}: a kernel has no derivative; use stop_gradient, or implementation='xla'"
+            )
+        moving = [i for i, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
+
+        def of_moving(*arrays):
+            operands = dict(enumerate(primals)) | dict(zip(moving, arrays, strict=True))
+            return tuple(op.reference(*operands.values(), **params))
+
+        return jax.jvp(of_moving, [primals[i] for i in moving], [tangents[i] for i in moving])
+
     def batch(arrays, axes, **params):
         return _batch(op, arrays, axes, params)
 
     primitive.def_abstract_eval(abstract_eval)
     primitive.def_impl(run_eagerly)
     batching.primitive_batchers[primitive] = batch
+    ad.primitive_jvps[primitive] = differentiate
     targets = {op.target("cpu")} if op.cpu is not None else set()
     if op.hopper is not None:
         targets |= {op.target("cuda"), op.target("sim")}
@@ -288,7 +343,7 @@ def _compiled(primitive: Primitive, params: tuple):
 def _batch(op: Op, arrays, axes, params):
     size = next(x.shape[axis] for x, axis in zip(arrays, axes, strict=True) if axis is not None)
     is_batched = [axis is not None for axis in axes]
-    arrays = [x if axis is None else jnp.moveaxis(x, axis, 0) for x, axis in zip(arrays, axes, strict=True)]
+    arrays = [whole(x if axis is None else jnp.moveaxis(x, axis, 0)) for x, axis in zip(arrays, axes, strict=True)]
     implementation = params.pop("implementation")
 
     def bind(*arrays, **params):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkern import _ffi, reference
-from jaxkern._check import FLOATS, INT32, Sizes, as_array, describe
+from jaxkern._check import FLOATS, INT32, Sizes, describe
 from jaxkern.quantize import BY_COLUMN, ScaledArray, check_scaled, too_many_groups
 
 UNSCALED = (0, 0)  # the block shape of an operand without scales
@@ -32,7 +32,8 @@ def gemm(
         vmap is one call.
     Sharding: shard_map, along any axis; along k the shards' results are still to be summed, and a scale block must not
         be cut.
-    Gradient: of a, b and accumulator; with a ScaledArray b, of a (b is frozen: zeros). None with a ScaledArray a.
+    Gradient: of a, b and accumulator; with a ScaledArray b, of a (b is frozen: zeros, but 2^-127 for the scales of
+        "ue8m0", whose dtype has no zero). None with a ScaledArray a.
     Implementations: cpu, xla; cuda and sim for two ScaledArrays, n and k multiples of 16. The GPU's sums within 128 of
         k keep the 13 bits of its tensor cores.
     Errors: TypeError for dtypes that do not go together, ValueError for shapes, NotImplementedError for the gradient of
@@ -78,7 +79,7 @@ def grouped_gemm(
     b = _operand(sizes, "b", b, "g n k", blocks=((1, 128), (128, 128)))
     out_dtype = _out_dtype(sizes, a, b, out_dtype)
     group_sizes = sizes.check("group_sizes", group_sizes, INT32, "g")
-    sizes.require_size("group_alignment", group_alignment)
+    group_alignment = sizes.require_size("group_alignment", group_alignment)
     arrays = [a[0][None], a[1][None], b[0], b[1], group_sizes]
     static = _Static(
         "grouped_gemm",
@@ -86,7 +87,7 @@ def grouped_gemm(
         b[2],
         out_dtype.name,
         group_alignment=group_alignment,
-        zero_gaps=zero_gaps,
+        zero_gaps=bool(zero_gaps),
         implementation=implementation,
     )
     return _grouped_gemm(static, *_ffi.align(*arrays))
@@ -129,7 +130,7 @@ def masked_grouped_gemm(
         b[2],
         out_dtype.name,
         group_stride=capacity,
-        zero_gaps=zero_gaps,
+        zero_gaps=bool(zero_gaps),
         implementation=implementation,
     )
     return _grouped_gemm(static, *_ffi.align(*arrays)).reshape(groups, capacity, n)
@@ -165,13 +166,13 @@ def k_grouped_gemm(
     is_scaled = isinstance(a, ScaledArray)
     sizes.require(
         isinstance(b, ScaledArray) == is_scaled,
-        f"a and b must be both ScaledArrays or neither, got a {_kind(a)} and b {_kind(b)}",
+        f"a and b must be both ScaledArrays or neither, got a {_kind(sizes, a)} and b {_kind(sizes, b)}",
         TypeError,
     )
     a = _operand(sizes, "a", a, "m t" if is_scaled else "t m", blocks=((1, 128),))
     b = _operand(sizes, "b", b, "n t" if is_scaled else "t n", blocks=((1, 128),))
     group_sizes = sizes.check("group_sizes", group_sizes, INT32, "g")
-    sizes.require_size("group_alignment", group_alignment)
+    group_alignment = sizes.require_size("group_alignment", group_alignment)
     sizes.require(
         not is_scaled or group_alignment % 128 == 0,
         f"group_alignment must be a multiple of 128 with ScaledArrays, got {group_alignment}",
@@ -213,7 +214,7 @@ def _operand(sizes: Sizes, argument: str, x, dims: str, blocks):
         return sizes.check(argument, x, FLOATS, dims), jnp.zeros((0,) * len(dims.split()), jnp.float32), UNSCALED
     allowed = " or ".join(map(str, blocks))
     sizes.require(x.block_shape in blocks, f"{argument} must have blocks {allowed}, got {x.block_shape}")
-    values, scales = check_scaled(sizes, argument, as_array(x.values), x.scales, x.block_shape, dims)
+    values, scales = check_scaled(sizes, argument, x.values, x.scales, x.block_shape, dims)
     return values, scales, x.block_shape
 
 
@@ -227,13 +228,11 @@ def _out_dtype(sizes: Sizes, a, b, out_dtype) -> np.dtype:
     )
     if out_dtype is None:
         return np.dtype(jnp.float32 if a.dtype == jnp.float32 else jnp.bfloat16)
-    out_dtype = np.dtype(out_dtype)
-    sizes.require(out_dtype in FLOATS, f"out_dtype must be float32 or bfloat16, got {out_dtype}", TypeError)
-    return out_dtype
+    return sizes.require_dtype("out_dtype", out_dtype, FLOATS)
 
 
-def _kind(x) -> str:
-    return "a ScaledArray" if isinstance(x, ScaledArray) else describe(as_array(x))
+def _kind(sizes: Sizes, x) -> str:
+    return "a ScaledArray" if isinstance(x, ScaledArray) else describe(sizes.array("a and b", x))
 
 
 def _or_absent(accumulator):

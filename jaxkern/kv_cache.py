@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkern import _ffi, reference
-from jaxkern._check import INT32, Sizes, as_array, describe
+from jaxkern._check import INT32, Sizes, describe
 
 _NUMBERS = (np.dtype(jnp.float32), np.dtype(jnp.bfloat16), np.dtype(jnp.float16))
 _UINT8 = np.dtype(np.uint8)
@@ -46,13 +46,13 @@ def append(
     Source: vLLM, "PagedAttention", 2023; FlashMLA, the FP8 cache.
     """
     sizes = Sizes("kv_cache.append")
-    cache = as_array(cache)
+    cache = sizes.array("cache", cache)
     packed = cache.dtype == _UINT8
     cache = sizes.check("cache", cache, (*_NUMBERS, _UINT8), "p page bytes" if packed else "p page d")
     rows = sizes.check("rows", rows, _NUMBERS, "b s d")
     block_table = sizes.check("block_table", block_table, INT32, "b pages")
     positions = sizes.check("positions", positions, INT32, "b s")
-    sizes.require_size("latent_dim", latent_dim)
+    latent_dim = sizes.require_size("latent_dim", latent_dim)
     if packed:
         _check_packed(sizes, "cache", cache, latent_dim, sizes["d"] - latent_dim)
     (cache,) = _ffi.call(
@@ -62,7 +62,7 @@ def append(
         block_table,
         positions,
         implementation=implementation,
-        latent_dim=int(latent_dim),
+        latent_dim=latent_dim,
     )
     return cache
 
@@ -99,9 +99,10 @@ def pack(rows: jax.Array, *, latent_dim: int = 512) -> jax.Array:
     Source: FlashMLA, the FP8 cache; DeepSeek-V3 report, section 3.3.2.
     """
     sizes = Sizes("kv_cache.pack")
-    rows = as_array(rows)
+    rows = sizes.array("rows", rows)
     sizes.require(rows.ndim >= 1, f"rows must be [..., d], got {describe(rows)}")
     rows = sizes.check("rows", rows, _NUMBERS, _dims(rows, "d"))
+    latent_dim = sizes.require_integer("latent_dim", latent_dim)
     _check_row(sizes, latent_dim, sizes["d"] - latent_dim)
     return reference.pack_rows(rows, latent_dim)
 
@@ -119,12 +120,13 @@ def unpack(packed: jax.Array, *, latent_dim: int = 512, rope_dim: int = 64, dtyp
     Source: FlashMLA, the FP8 cache.
     """
     sizes = Sizes("kv_cache.unpack")
-    packed = as_array(packed)
+    packed = sizes.array("packed", packed)
     sizes.require(packed.ndim >= 1, f"packed must be [..., bytes], got {describe(packed)}")
     packed = sizes.check("packed", packed, (_UINT8,), _dims(packed, "bytes"))
-    sizes.require(np.dtype(dtype) in _NUMBERS, f"dtype {np.dtype(dtype)} is no float", TypeError)
+    dtype = sizes.require_dtype("dtype", dtype, _NUMBERS)
+    latent_dim, rope_dim = _row(sizes, latent_dim, rope_dim)
     _check_packed(sizes, "packed", packed, latent_dim, rope_dim)
-    return reference.unpack_rows(packed, latent_dim, rope_dim, np.dtype(dtype))
+    return reference.unpack_rows(packed, latent_dim, rope_dim, dtype)
 
 
 def row_bytes(latent_dim: int = 512, rope_dim: int = 64) -> int:
@@ -132,12 +134,18 @@ def row_bytes(latent_dim: int = 512, rope_dim: int = 64) -> int:
 
     Errors: ValueError for a latent_dim that is no positive multiple of 4, or a negative rope_dim.
     """
-    _check_row(Sizes("kv_cache.row_bytes"), latent_dim, rope_dim)
+    sizes = Sizes("kv_cache.row_bytes")
+    latent_dim, rope_dim = _row(sizes, latent_dim, rope_dim)
+    _check_row(sizes, latent_dim, rope_dim)
     return reference.row_bytes(latent_dim, rope_dim)
 
 
 def _dims(x, last: str) -> str:
     return " ".join([*(f"b{axis}" for axis in range(x.ndim - 1)), last])
+
+
+def _row(sizes: Sizes, latent_dim, rope_dim) -> tuple[int, int]:
+    return sizes.require_integer("latent_dim", latent_dim), sizes.require_integer("rope_dim", rope_dim)
 
 
 def _check_row(sizes: Sizes, latent_dim: int, rope_dim: int):

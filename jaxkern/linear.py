@@ -6,10 +6,9 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxkern import _ffi
-from jaxkern._check import FLOATS, INT32, Sizes, as_array, describe
+from jaxkern._check import FLOATS, INT32, Sizes, describe
 from jaxkern.gemm import GEMM, GROUPED_GEMM, frozen, gemm, k_grouped_gemm, no_tangent
 from jaxkern.quantize import (
     TOKEN_BLOCK,
@@ -48,7 +47,7 @@ def fp8_linear(
     Source: DeepSeek-V3 report, section 3.3.
     """
     sizes = Sizes("fp8_linear")
-    x = as_array(x)
+    x = sizes.array("x", x)
     sizes.require(x.ndim >= 1, f"x must be [..., k], got {describe(x)}")
     *batch, k = x.shape
     x = sizes.check("x", x, FLOATS, " ".join([*(f"b{axis}" for axis in range(len(batch))), "k"]))
@@ -85,7 +84,7 @@ def fp8_grouped_linear(
     x = sizes.check("x", x, FLOATS, "m k")
     w, w_scales, static = _weight(sizes, w, "g n k", x, scale_format, out_dtype, implementation)
     group_sizes = sizes.check("group_sizes", group_sizes, INT32, "g")
-    sizes.require_size("group_alignment", group_alignment)
+    group_alignment = sizes.require_size("group_alignment", group_alignment)
     static = dataclasses.replace(static, grouped=True, group_alignment=group_alignment)
     return _linear(static, *_ffi.align(x, w, w_scales, group_sizes))
 
@@ -109,11 +108,10 @@ class _Static:
 def _weight(sizes: Sizes, w, dims: str, x, scale_format, out_dtype, implementation):
     """Values and scales of the weight, without scales where it is still to be quantised; what is static."""
     check_scale_format(sizes, scale_format)
-    out_dtype = x.dtype if out_dtype is None else np.dtype(out_dtype)
-    sizes.require(out_dtype in FLOATS, f"out_dtype must be float32 or bfloat16, got {out_dtype}", TypeError)
+    out_dtype = x.dtype if out_dtype is None else sizes.require_dtype("out_dtype", out_dtype, FLOATS)
     if isinstance(w, ScaledArray):
         sizes.require(w.block_shape == WEIGHT_BLOCK, f"w must have blocks {WEIGHT_BLOCK}, got {w.block_shape}")
-        values, scales = check_scaled(sizes, "w", as_array(w.values), w.scales, w.block_shape, dims)
+        values, scales = check_scaled(sizes, "w", w.values, w.scales, w.block_shape, dims)
         w_dtype = None
     else:
         values, scales = sizes.check("w", w, FLOATS, dims), jnp.zeros((0,) * len(dims.split()), jnp.float32)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkern import _ffi, reference
-from jaxkern._check import FLOATS, INT32, Sizes, as_array, describe
+from jaxkern._check import FLOATS, INT32, Sizes, describe
 
 MAX_SPLITS = 1024  # partial results are kept for each
 ATTENDED = (*FLOATS, np.dtype(np.float16))  # what the ops here take
@@ -61,10 +61,12 @@ def mla_decode(
     """
     sizes = Sizes("mla_decode")
     q = sizes.check("q", q, ATTENDED, "b s h d")
+    latent_dim = sizes.require_integer("latent_dim", latent_dim)
     sizes.require(0 < latent_dim <= sizes["d"], f"latent_dim must be from 1 to d={sizes['d']}, got {latent_dim}")
     cache = _check_cache(sizes, cache, latent_dim)
     block_table = sizes.check("block_table", block_table, INT32, "b pages")
     seq_lens = sizes.check("seq_lens", seq_lens, INT32, "b")
+    num_splits = None if num_splits is None else sizes.require_integer("num_splits", num_splits)
     allowed = num_splits is None or 1 <= num_splits <= MAX_SPLITS
     sizes.require(allowed, f"num_splits must be None or in 1..{MAX_SPLITS}, got {num_splits}")
     return _ffi.call(
@@ -75,9 +77,9 @@ def mla_decode(
         seq_lens,
         implementation=implementation,
         softmax_scale=float(softmax_scale),
-        latent_dim=int(latent_dim),
+        latent_dim=latent_dim,
         causal=bool(causal),
-        num_splits=int(num_splits or 0),
+        num_splits=num_splits or 0,
     )
 
 
@@ -108,7 +110,7 @@ def merge_attention(
     Source: FlashAttention-2; FlashMLA's combine kernel.
     """
     sizes = Sizes("merge_attention")
-    outs, lses = (jnp.stack(x) if isinstance(x, list | tuple) else as_array(x) for x in (outs, lses))
+    outs, lses = _stacked(sizes, "outs", outs), _stacked(sizes, "lses", lses)
     dims = ["n", *(f"b{axis}" for axis in range(outs.ndim - 2))]
     expected = f"outs must be {' or '.join(d.name for d in ATTENDED)} [n, ..., d], got {describe(outs)}"
     sizes.require(outs.dtype in ATTENDED, expected, TypeError)
@@ -207,11 +209,25 @@ _prefill.defvjp(_prefill_forward, _prefill_backward)
 def _check_cache(sizes: Sizes, cache, latent_dim: int) -> jax.Array:
     """The cache: rows of d numbers, or packed ones."""
     dims = "p page d"
-    if as_array(cache).dtype == PACKED:
+    cache = sizes.array("cache", cache)
+    if cache.dtype == PACKED:
         sizes.require(latent_dim % 4 == 0, f"latent_dim of a packed cache must be a multiple of 4, got {latent_dim}")
         sizes.known["bytes"] = reference.row_bytes(latent_dim, sizes["d"] - latent_dim)
         dims = "p page bytes"
     return sizes.check("cache", cache, (*ATTENDED, PACKED), dims)
+
+
+def _stacked(sizes: Sizes, argument: str, parts) -> jax.Array:
+    """One array of the parts, which are alike: jnp.stack would take any dtypes together."""
+    if not isinstance(parts, list | tuple):
+        return sizes.array(argument, parts)
+    sizes.require(parts, f"{argument} must have a part, got none")
+    parts = [sizes.array(f"{argument}[{i}]", part) for i, part in enumerate(parts)]
+    for i, part in enumerate(parts):
+        unlike = f"{argument}[{i}] must be {describe(parts[0])} as {argument}[0] is, got {describe(part)}"
+        sizes.require(part.dtype == parts[0].dtype, unlike, TypeError)
+        sizes.require(part.shape == parts[0].shape, unlike)
+    return jnp.stack(parts)
 
 
 def _decode_results(q, cache, block_table, seq_lens, *, latent_dim, **_):

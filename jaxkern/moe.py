@@ -63,6 +63,10 @@ def route(
     logits = sizes.check("logits", logits, (jnp.float32,), "t e")
     bias = sizes.check("bias", bias, (jnp.float32,), "e")
     experts = sizes["e"]
+    num_groups, topk_groups, top_k = (
+        sizes.require_integer(name, value)
+        for name, value in (("num_groups", num_groups), ("topk_groups", topk_groups), ("top_k", top_k))
+    )
     sizes.require(num_groups >= 1 and experts % num_groups == 0, f"num_groups={num_groups} must divide e={experts}")
     sizes.require(1 <= topk_groups <= num_groups, f"topk_groups={topk_groups} must be in 1..num_groups={num_groups}")
     limit = min(topk_groups * (experts // num_groups), MAX_TOP_K)
@@ -85,6 +89,7 @@ def route(
     return expert_ids, weights * scale
 
 
+@_ffi.exportable
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["ranks", "slots", "keys", "source", "sent", "select"],
@@ -116,6 +121,7 @@ class Level:
         return self.sent.shape[0]
 
 
+@_ffi.exportable
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=[
@@ -182,7 +188,7 @@ def dispatch(
     Shapes and dtypes: x float32 or bfloat16 [t, h], or a ScaledArray of it with blocks (1, 128), expert_ids int32
         [t, k] (-1, or any id that is no expert, selects nothing), weights float32 [t, k] -> received and a `Handle`.
         received has x's dtype, or is a ScaledArray if x is one or with quantize="fp8", which gives the values and
-        scales of `jaxkern.quantize`, in scale_format. By layout:
+        scales of `jaxkern.quantize`, in scale_format; a ScaledArray travels as it is, whatever they say. By layout:
         "expert": [capacity, h], ready for `grouped_gemm`. The rows of one expert are together, in the order of (source
         rank, token, choice); each expert's first row is a multiple of expert_alignment.
         "masked": [local experts, capacity, h], ready for `masked_grouped_gemm`: the rows of each expert come first.
@@ -218,19 +224,18 @@ def dispatch(
     ranks = [jax.lax.axis_size(axis) for axis in axes]
     _check_names(sizes, layout, quantize, scale_format)
     sizes.require(1 <= k <= MAX_TOP_K, f"expert_ids must hold 1..{MAX_TOP_K} choices a token, got k={k}")
+    num_experts = sizes.require_size("num_experts", num_experts)
     sizes.require(
         num_experts % math.prod(ranks) == 0, f"the {math.prod(ranks)} ranks must divide num_experts={num_experts}"
     )
-    sizes.require_size("expert_alignment", expert_alignment)
+    expert_alignment = sizes.require_size("expert_alignment", expert_alignment)
     sizes.require(layout == "expert" or expert_alignment == 1, "expert_alignment needs layout 'expert'")
     if layout == "rank":
         sizes.require(capacity is None, "layout 'rank' is what crosses: wire_capacity bounds it, not capacity")
         axes, ranks = axes or [None], ranks or [1]
-    transports = _per_level(sizes, "transport", transport, len(axes))
-    wire_capacities = _per_level(sizes, "wire_capacity", wire_capacity, len(axes))
-    for name, size in (("capacity", capacity), *(("wire_capacity", rows) for rows in wire_capacities)):
-        if size is not None:
-            sizes.require_size(name, size)
+    capacity = sizes.optional_size("capacity", capacity)
+    transports = _per_level(sizes, "transport", transport, len(axes), functools.partial(_check_transport, sizes))
+    wire_capacities = _per_level(sizes, "wire_capacity", wire_capacity, len(axes), sizes.optional_size)
     *x, expert_ids, weights = _ffi.align(*x, expert_ids, weights)
     token_ids, token_weights = expert_ids, weights
 
@@ -262,7 +267,7 @@ def dispatch(
         weights = jnp.where(expert_ids < 0, 0, weights)
     else:
         rows = capacity or _worst_case(expert_ids.shape, local_experts, expert_alignment, layout)
-        order = jnp.argsort(place[:, 0], stable=True) if len(axes) > 1 else None
+        order = jnp.argsort(place[:, 0], stable=True).astype(jnp.int32) if len(axes) > 1 else None
         slots, source, group_sizes, dropped = _ffi.call(
             ASSIGN_SLOTS,
             expert_ids if order is None else expert_ids[order],
@@ -323,17 +328,16 @@ def combine(
     rank_layout = handle.layout == "rank"
     sizes, dims = _sizes_of(handle, "combine")
     y = sizes.check("y", y, FLOATS, dims)
-    weighted = not rank_layout if weighted is None else weighted
+    weighted = not rank_layout if weighted is None else bool(weighted)
     sizes.require(not (rank_layout and weighted), "the rows of layout 'rank' are sums already, weighted must be False")
     sizes.require(reduction in REDUCTIONS, f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
     sizes.require(not (rank_layout and reduction == "expert"), "layout 'rank' has no rows of experts to sum")
     dtypes = [y.dtype, y.dtype if rank_layout else np.dtype(np.float32)]
     for i, (name, dtype) in enumerate((("out_dtype", out_dtype), ("wire_dtype", wire_dtype))):
-        dtypes[i] = dtypes[i] if dtype is None else np.dtype(dtype)
-        sizes.require(dtypes[i] in FLOATS, f"{name} must be float32 or bfloat16, got {dtypes[i]}", TypeError)
+        dtypes[i] = dtypes[i] if dtype is None else sizes.require_dtype(name, dtype, FLOATS)
     sizes.known["t"] = handle.token_ids.shape[0]
     bias = _none(handle.token_weights) if bias is None else sizes.check("bias", bias, FLOATS, "t h")
-    y = y.reshape(-1, y.shape[-1])
+    y = y.reshape(math.prod(y.shape[:-1]), y.shape[-1])
     index = _index(handle)
     weights, experts = handle.weights, _local_experts(handle)
     if reduction == "expert" and handle.levels:
@@ -390,15 +394,21 @@ def _levels(axis_name) -> list:
     return list(axis_name) if isinstance(axis_name, tuple) else [axis_name]
 
 
-def _per_level(sizes, name, value, levels):
-    values = value if isinstance(value, tuple) else (value,) * levels
+def _per_level(sizes, name, value, levels, check):
+    """One value for each level, checked where there is none too."""
+    values = [check(name, v) for v in (value if isinstance(value, tuple) else (value,))]
+    values = values if isinstance(value, tuple) else values * levels
     sizes.require(len(values) == levels, f"{name} must be one for each of {levels} levels, got {value}")
     return values
 
 
-def _choose_transport(sizes, transport, axis, rows, layout):
+def _check_transport(sizes, name, transport):
     allowed = transport is None or transport in TRANSPORTS
-    sizes.require(allowed, f"transport must be None or one of {TRANSPORTS}, got {transport!r}")
+    sizes.require(allowed, f"{name} must be None or one of {TRANSPORTS}, got {transport!r}")
+    return transport
+
+
+def _choose_transport(sizes, transport, axis, rows, layout):
     if transport == "gather" and layout != "rank":
         sizes.require(rows is None, "transport 'gather' has no slabs that wire_capacity could bound")
     if axis is None:
@@ -412,7 +422,8 @@ def _worst_case(shape, local_experts, alignment, layout):
         return n
     worst = n * min(k, local_experts)
     if alignment > 1:
-        worst = _ceil_to(worst + min(local_experts, worst) * (alignment - 1), alignment)
+        experts = min(local_experts, worst) if isinstance(worst, int) else local_experts  # that a token may choose
+        worst = _ceil_to(worst + experts * (alignment - 1), alignment)
     return worst
 
 
@@ -469,7 +480,11 @@ def _count_lost(level, expert_ids, bounded, lost, local_experts):
     here = jnp.where((_slot_of_choice(level) < 0) & (level.ranks >= 0), expert_ids, experts)
     counts = jnp.zeros_like(here, shape=(experts,)).at[here.reshape(-1)].add(1, mode="drop")
     counts = counts if lost is None else counts + lost
-    return _exchange(dataclasses.replace(level, transport="all_to_all"), counts).reshape(-1, local_experts).sum(0)
+    return (
+        _exchange(dataclasses.replace(level, transport="all_to_all"), counts)
+        .reshape(-1, local_experts)
+        .sum(0, dtype=jnp.int32)
+    )
 
 
 def _forward(level, arrays, implementation, scale_format=None, zero_gaps=True):
@@ -548,6 +563,7 @@ def _index(handle):
 
 
 def _deliver(x, handle, scale_format, weighted, zero_gaps):
+    weighted, zero_gaps = bool(weighted), bool(zero_gaps)
     implementation = handle.implementation
     index = levels, slots, _, source = _index(handle)
     if len(x) == 1 and not scale_format:
@@ -661,9 +677,9 @@ def _rows_at_tokens(y, handle):
     rows = _move(y, handle.slots.reshape(-1), handle.source, implementation)
     for level in reversed(handle.levels):
         t, k = level.slots.shape
+        slabs, h = rows.shape[0] // k, rows.shape[1]
         # A slab row carries the rows of all k choices of its token.
-        rows = rows.reshape(-1, k * rows.shape[-1])
-        rows = _return(level, rows).reshape(-1, rows.shape[-1] // k)
+        rows = _return(level, rows.reshape(slabs, k * h)).reshape(slabs * k, h)
         slots = _slot_of_choice(level)
         there = jnp.where(slots < 0, -1, slots * k + np.arange(k, dtype=np.int32)).reshape(-1)
         back = jnp.full_like(there, -1, shape=(rows.shape[0],))
@@ -674,11 +690,11 @@ def _rows_at_tokens(y, handle):
 
 def _return(level, rows):
     @jax.custom_vjp
-    def back(rows):
+    def back(rows, level):
         return _exchange(level, rows, back=True)
 
-    back.defvjp(lambda rows: (back(rows), None), lambda _, g: (_exchange(level, g),))
-    return back(rows)
+    back.defvjp(lambda rows, level: (back(rows, level), level), lambda level, g: (_exchange(level, g), None))
+    return back(rows, level)
 
 
 def _index_at_tokens(handle):

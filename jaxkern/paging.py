@@ -1,9 +1,12 @@
 """Which pages of a cache belong to which request: `PageAllocator`, on the host, between the steps of a server."""
 
 import heapq
+import operator
 from collections.abc import Sequence
 
 import numpy as np
+
+from jaxkern._check import require_integer
 
 
 class OutOfPages(RuntimeError):
@@ -28,11 +31,11 @@ class PageAllocator:
 
     def __init__(self, pages: int, page_size: int):
         for name, size in (("pages", pages), ("page_size", page_size)):
-            if size < 1:
+            if require_integer("PageAllocator", name, size) < 1:
                 raise ValueError(f"PageAllocator: {name} must be positive, got {size}")
-        self.pages, self.page_size = pages, page_size
-        self._free = list(range(pages))  # a heap
-        self._references = [0] * pages
+        self.pages, self.page_size = operator.index(pages), operator.index(page_size)
+        self._free = list(range(self.pages))  # a heap
+        self._references = [0] * self.pages
         self._requests: dict[int, list[int]] = {}
         self._next = 0
 
@@ -69,6 +72,7 @@ class PageAllocator:
             or than `tokens`.
         """
         pages = self._pages_of("fork", request)
+        shared = require_integer("PageAllocator.fork", "shared", shared)
         room = min(len(pages) * self.page_size, tokens)
         if not 0 <= shared <= room:
             raise ValueError(f"PageAllocator.fork: shared must be in 0..{room}, got {shared}")
@@ -118,7 +122,7 @@ class PageAllocator:
         return self._requests[request]
 
     def _pages_for(self, method: str, tokens: int) -> int:
-        if tokens < 0:
+        if require_integer(f"PageAllocator.{method}", "tokens", tokens) < 0:
             raise ValueError(f"PageAllocator.{method}: tokens must not be negative, got {tokens}")
         return -(-tokens // self.page_size)
 

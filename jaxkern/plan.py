@@ -173,19 +173,29 @@ def plan(
     Source: DeepEP's buffer sizes and its model of traffic; DeepSeek-V3 report, section 3.2.2, for the two levels.
     """
     sizes = Sizes("plan")
-    for name, size in (
-        ("hosts", hosts),
-        ("gpus_per_host", gpus_per_host),
-        ("tokens", tokens),
-        ("hidden", hidden),
-        ("num_experts", num_experts),
-        ("itemsize", itemsize),
-        ("capacity", capacity),
-        ("dispatch_bytes", dispatch_bytes),
-        ("combine_bytes", combine_bytes),
-    ):
-        if size is not None:
-            sizes.require_size(name, size)
+    hosts, gpus_per_host, tokens, hidden, num_experts, itemsize = (
+        sizes.require_size(name, size)
+        for name, size in (
+            ("hosts", hosts),
+            ("gpus_per_host", gpus_per_host),
+            ("tokens", tokens),
+            ("hidden", hidden),
+            ("num_experts", num_experts),
+            ("itemsize", itemsize),
+        )
+    )
+    capacity, dispatch_bytes, combine_bytes = (
+        sizes.optional_size(name, size)
+        for name, size in (
+            ("capacity", capacity),
+            ("dispatch_bytes", dispatch_bytes),
+            ("combine_bytes", combine_bytes),
+        )
+    )
+    num_groups, topk_groups, top_k = (
+        sizes.require_integer(name, value)
+        for name, value in (("num_groups", num_groups), ("topk_groups", topk_groups), ("top_k", top_k))
+    )
     ranks = hosts * gpus_per_host
     sizes.require(num_experts % ranks == 0, f"the {ranks} ranks must divide num_experts={num_experts}")
     divides = num_groups >= 1 and num_experts % num_groups == 0

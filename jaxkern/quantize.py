@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkern import _ffi, reference
-from jaxkern._check import INT32, Sizes, as_array, describe
+from jaxkern._check import INT32, Sizes, describe
 
 BLOCK_SHAPES = ((1, 128), (128, 128))
 MOST_GROUPS, MOST_GROUPED = 1024, 2**26 - 1  # what the Hopper kernels hold: groups, and rows of all of them
@@ -17,9 +17,10 @@ BY_COLUMN = (0, 2, 1)  # major to minor: how the scales of (1, 128) blocks lie i
 ScaleFormat = Literal["float32", "power_of_two", "ue8m0"]
 SCALE_FORMATS = get_args(ScaleFormat)
 TOKEN_BLOCK = 128  # tokens that share a scale in `quantize_along_tokens`, and the alignment of its groups
-_INPUTS = (jnp.float32, jnp.bfloat16, jnp.float16)
+_INPUTS = tuple(map(np.dtype, (jnp.float32, jnp.bfloat16, jnp.float16)))
 
 
+@_ffi.exportable
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values", "scales"], meta_fields=["block_shape"])
 class ScaledArray:
     """An FP8 array with one scale a block: element = value * scale of its block.
@@ -28,7 +29,7 @@ class ScaledArray:
     scales: float32 or float8_e8m0fnu [..., ceil(m / bm), ceil(k / bk)]
     block_shape: (bm, bk), static; (1, 128) for activations, (128, 128) for weights. Blocks at the edge may be partial.
 
-    A pytree, so it passes through jit, scan, vmap and checkpoints.
+    A pytree, so it passes through jit, scan, vmap, exports and checkpoints.
     """
 
     def __init__(self, values, scales, block_shape: tuple[int, int] = (1, 128)):
@@ -71,15 +72,15 @@ def quantize(
     Errors: TypeError for another dtype, ValueError for a rank below 2 or an unknown block shape or scale format.
     Source: DeepSeek-V3 report, section 3.3.2.
     """
-    x = as_array(x)
     sizes = Sizes("quantize")
+    x = sizes.array("x", x)
     check_scale_format(sizes, scale_format)
-    _check_block_shape(sizes, block_shape)
+    block_shape = _check_block_shape(sizes, block_shape)
     sizes.require(x.ndim >= 2, f"x must be [..., m, k], got {describe(x)}")
     *batch, m, k = x.shape
     x3 = sizes.check("x", x.reshape(math.prod(batch), m, k), _INPUTS, "b m k")
     values, scales = _ffi.call(
-        QUANTIZE, x3, implementation=implementation, block_shape=tuple(block_shape), scale_format=scale_format
+        QUANTIZE, x3, implementation=implementation, block_shape=block_shape, scale_format=scale_format
     )
     return ScaledArray(values.reshape(x.shape), scales.reshape(*batch, *scales.shape[1:]), block_shape)
 
@@ -112,7 +113,7 @@ def quantize_along_tokens(
     x = sizes.check("x", x, _INPUTS, "t m")
     everything = jnp.full(1, np.iinfo(np.int32).max, jnp.int32)  # cut to the t that there are
     group_sizes = everything if group_sizes is None else sizes.check("group_sizes", group_sizes, INT32, "g")
-    sizes.require_size("group_alignment", group_alignment)
+    group_alignment = sizes.require_size("group_alignment", group_alignment)
     tokens = blocks_of(sizes["t"], TOKEN_BLOCK) * TOKEN_BLOCK
     if group_alignment % TOKEN_BLOCK != 0:
         tokens += TOKEN_BLOCK * max(group_sizes.shape[0] - 1, 0)
@@ -156,7 +157,7 @@ def swiglu_quantize(
     check_scale_format(sizes, scale_format)
     paired = isinstance(gate_up, (tuple, list))
     sizes.require(not paired or len(gate_up) == 2, "gate_up must be one array or a pair (gate, up)")
-    gate = as_array(gate_up[0] if paired else gate_up)
+    gate = sizes.array("gate_up", gate_up[0] if paired else gate_up)
     sizes.require(gate.ndim >= 2, f"gate_up must be [..., m, {'i' if paired else '2i'}], got {describe(gate)}")
     *batch, m, width = gate.shape
     names = [f"b{axis}" for axis in range(len(batch))] + ["m"]
@@ -198,11 +199,11 @@ def dequantize(a: ScaledArray, dtype=jnp.float32, *, implementation: str | None 
     """
     sizes = Sizes("dequantize")
     sizes.require(isinstance(a, ScaledArray), f"a must be a ScaledArray, got {type(a).__name__}", TypeError)
-    sizes.require(np.dtype(dtype) in [np.dtype(d) for d in _INPUTS], f"dtype {np.dtype(dtype)} is no float", TypeError)
-    sizes.require(a.ndim >= 2, f"a.values must be [..., m, k], got {describe(a.values)}")
+    dtype = sizes.require_dtype("dtype", dtype, _INPUTS)
+    values, scales = sizes.array("a.values", a.values), sizes.array("a.scales", a.scales)
+    sizes.require(a.ndim >= 2, f"a.values must be [..., m, k], got {describe(values)}")
     batch = a.shape[:-2]
-    values = a.values.reshape(math.prod(batch), *a.shape[-2:])
-    scales = as_array(a.scales)
+    values = values.reshape(math.prod(batch), *a.shape[-2:])
     fits = scales.ndim == a.ndim and scales.shape[:-2] == batch
     sizes.require(
         fits, f"a.scales must be a matrix for each matrix of a.values, {describe(a.values)}, got {describe(scales)}"
@@ -210,7 +211,7 @@ def dequantize(a: ScaledArray, dtype=jnp.float32, *, implementation: str | None 
     scales = scales.reshape(math.prod(batch), *scales.shape[-2:])
     check_scaled(sizes, "a", values, scales, a.block_shape, "b m k")
     (x,) = _ffi.call(
-        DEQUANTIZE, values, scales, implementation=implementation, block_shape=a.block_shape, dtype=np.dtype(dtype).name
+        DEQUANTIZE, values, scales, implementation=implementation, block_shape=a.block_shape, dtype=dtype.name
     )
     return x.reshape(a.shape)
 
@@ -244,9 +245,10 @@ def check_scale_format(sizes: Sizes, scale_format):
     sizes.require(scale_format in SCALE_FORMATS, f"scale_format must be one of {SCALE_FORMATS}, got {scale_format!r}")
 
 
-def _check_block_shape(sizes: Sizes, block_shape):
-    allowed = tuple(block_shape) in BLOCK_SHAPES
-    sizes.require(allowed, f"block_shape must be one of {BLOCK_SHAPES}, got {tuple(block_shape)}")
+def _check_block_shape(sizes: Sizes, block_shape) -> tuple[int, int]:
+    same = [b for b in BLOCK_SHAPES if isinstance(block_shape, tuple | list) and tuple(block_shape) == b]
+    sizes.require(same, f"block_shape must be one of {BLOCK_SHAPES}, got {block_shape}")
+    return same[0]
 
 
 def scaled(*shape, block_shape, scale_format):

@@ -11,6 +11,8 @@ def sum_in_order(x: jax.Array) -> jax.Array:
     XLA:CPU cuts a row into other parts for its own reduction when the number of rows is another. It never changes the
     order of additions that are written out.
     """
+    if x.shape[-1] == 0:
+        return jnp.zeros_like(x, shape=(*x.shape[:-1], 1))
     while (n := x.shape[-1]) > 1:
         half = (n + 1) // 2
         x = x[..., :half] + jnp.pad(x[..., half:], [(0, 0)] * (x.ndim - 1) + [(0, n % 2)])

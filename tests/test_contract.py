@@ -1,5 +1,6 @@
 """What every op owes its users, whatever it computes. The ops are in contract.py."""
 
+import functools
 import inspect
 import os
 import re
@@ -10,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import CASES, HOPPER, SHARDS, Case
+from contract import CASES, HOPPER, ROWS, SHARDS, Case
 from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxkern
 from jaxkern import _ffi
@@ -59,12 +61,19 @@ def test_matches_reference_eagerly_and_jitted(case):
     assert_same(jax.jit(case.call)(*case.operands), expected, tolerance(case))
 
 
+@over(UNTOLD)
+def test_without_jit(case):
+    with jax.disable_jit():
+        got = case.call(*case.operands)
+    assert_same(got, case.call(*case.operands), tolerance(case))
+
+
 @over(CASES)
 def test_runs_its_own_kernel(case):
     jaxpr = str(jax.make_jaxpr(case.call)(*case.operands))
     compiled = jax.jit(case.call).lower(*case.operands).as_text()
-    reference = str(jax.make_jaxpr(lambda *a: case.call(*a, implementation="xla"))(*case.operands))
-    assert "jaxkern_" not in reference
+    reference = jax.jit(lambda *a: case.call(*a, implementation="xla")).lower(*case.operands).as_text()
+    assert "jaxkern." not in reference
     if case.primitive is None:
         assert "jaxkern_" not in jaxpr
     else:
@@ -78,6 +87,8 @@ def test_vmap(case):
     rows = [case.call(*[s[i] for s in stacked]) for i in range(3)]
     expected = jax.tree.map(lambda *r: jnp.stack(r), *rows)
     assert_same(jax.jit(jax.vmap(case.call))(*stacked), expected, tolerance(case))
+    reference = functools.partial(case.call, implementation="xla")
+    assert_same(jax.vmap(reference, -1)(*[jnp.moveaxis(s, 0, -1) for s in stacked]), expected, tolerance(case))
 
 
 @over([c for c in CASES if len(c.arrays) > 1])
@@ -158,12 +169,45 @@ def test_shard_map(case, axis_type):
         assert_same(got, expected, case.rtol)
 
 
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @over(CASES)
-def test_sharded_operands_outside_shard_map(case):
-    """XLA gathers them: slow, but right."""
-    mesh = jax.make_mesh((SHARDS,), ("x",), axis_types=(AxisType.Auto,))
-    operands = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(case.operands, case.specs, strict=True)]
-    assert_same(jax.jit(case.call)(*operands), case.call(*case.operands), tolerance(case))
+def test_sharded_operands_outside_shard_map(case, axis_type):
+    """They are gathered: slow, but right. A gradient is sharded as its operand."""
+    mesh = jax.make_mesh((SHARDS,), ("x",), axis_types=(axis_type,))
+    with jax.set_mesh(mesh):
+        operands = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(case.operands, case.specs, strict=True)]
+        got = jax.jit(case.call)(*operands)
+        gradient = jax.jit(jax.grad(loss_of(case), case.grad_argnums))(*operands) if case.grad else ()
+    assert_same(got, case.call(*case.operands), tolerance(case))
+    if case.grad:
+        assert_same(gradient, jax.jit(jax.grad(loss_of(case), case.grad_argnums))(*case.operands), case.rtol)
+        for g, n in zip(gradient, case.grad_argnums, strict=True):
+            assert jax.typeof(g).sharding == jax.typeof(operands[n]).sharding
+
+
+@pytest.mark.parametrize("implementation", [None, "xla"])
+@over(UNTOLD)
+def test_axes_that_only_gathering_can_split(case, implementation):
+    """Each operand along its last axis of an even size, as no shard_map over the op could have it."""
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
+
+    def split(x):
+        even = [axis for axis, size in enumerate(x.shape) if size % 2 == 0]
+        return jax.device_put(x, NamedSharding(mesh, P(*["x" if [i] == even[-1:] else None for i in range(x.ndim)])))
+
+    with jax.set_mesh(mesh):
+        got = case.call(*map(split, case.operands), implementation=implementation)
+    assert_same(got, case.call(*case.operands, implementation=implementation), case.rtol)
+
+
+@over([c for c in UNTOLD if c.grad])
+def test_vmap_over_a_sharded_axis(case):
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))
+    stacked = [jnp.stack([x, jnp.flip(x, 0)]) for x in case.operands]
+    run = jax.jit(lambda *a: (jax.vmap(case.call)(*a), jax.vmap(jax.grad(loss_of(case), case.grad_argnums))(*a)))
+    with jax.set_mesh(mesh):
+        got = run(*[jax.device_put(x, NamedSharding(mesh, ROWS)) for x in stacked])
+    assert_same(got, run(*stacked), case.rtol)
 
 
 @over(CASES)
@@ -264,6 +308,12 @@ def test_wrong_rank(case):
             _trace(case, arrays)
 
 
+@over([c for c in UNTOLD if c.name != "replay"])  # its case multiplies the operand first
+def test_no_array(case):
+    with pytest.raises(TypeError, match=rf"^[\w.]+: {next(iter(case.arrays)).split('.')[0]}.* must be .*, got None$"):
+        case.call(None, *case.operands[1:])
+
+
 @over([c for c in CASES if c.mismatch])
 def test_mismatched_sizes(case):
     for name, axis in case.mismatch:
@@ -301,10 +351,64 @@ def test_implementation_that_is_not_built(case, implementation, why, monkeypatch
 @over(UNTOLD)
 def test_implementation_from_the_environment(case, monkeypatch):
     monkeypatch.setenv("JAXKERN_IMPLEMENTATION", "xla")
-    assert "jaxkern_" not in str(jax.make_jaxpr(lambda *a: case.call(*a))(*case.operands))
+    assert "jaxkern." not in jax.jit(lambda *a: case.call(*a)).lower(*case.operands).as_text()
     monkeypatch.setenv("JAXKERN_IMPLEMENTATION", "cuda")
     with pytest.raises(NotImplementedError, match=r"^\w+: implementation 'cuda' "):
         jax.jit(lambda *a: case.call(*a)).lower(*case.operands)
+
+
+# Static integers. Calls are cached by them, and what equals an integer without being one would stand for it there.
+
+
+def _statics():
+    """(op, argument, the op's call with that argument, a good value)."""
+    a, b, sizes = jnp.ones((4, 128)), jnp.ones((2, 8, 128)), jnp.array([1, 2], jnp.int32)
+    x, ids, weights = jnp.ones((6, 24)), jnp.zeros((6, 3), jnp.int32), jnp.ones((6, 3))
+    q, cache, table = jnp.ones((1, 1, 2, 40)), jnp.ones((2, 16, 40)), jnp.zeros((1, 2), jnp.int32)
+    packed = jnp.zeros((2, 656), jnp.uint8)
+    kv = jaxkern.kv_cache
+
+    def dispatch(**kwargs):
+        return jaxkern.dispatch(x, ids, weights, **{"num_experts": 8, **kwargs})
+
+    def decode(**kwargs):
+        lens = jnp.ones(1, jnp.int32)
+        return jaxkern.mla_decode(q, cache, table, lens, softmax_scale=0.2, **{"latent_dim": 32, **kwargs})
+
+    return [
+        ("grouped_gemm", "group_alignment", functools.partial(jaxkern.grouped_gemm, a, b, sizes), 2),
+        ("k_grouped_gemm", "group_alignment", functools.partial(jaxkern.k_grouped_gemm, a, a, sizes), 2),
+        ("fp8_grouped_linear", "group_alignment", functools.partial(jaxkern.fp8_grouped_linear, a, b, sizes), 2),
+        ("quantize_along_tokens", "group_alignment", functools.partial(jaxkern.quantize_along_tokens, a, sizes), 2),
+        ("route", "top_k", functools.partial(jaxkern.route, jnp.ones((4, 8)), jnp.ones(8)), 2),
+        ("route", "num_groups", functools.partial(jaxkern.route, jnp.ones((4, 8)), jnp.ones(8), top_k=1), 2),
+        ("route", "topk_groups", functools.partial(jaxkern.route, jnp.ones((4, 8)), jnp.ones(8), top_k=1), 1),
+        ("dispatch", "num_experts", dispatch, 8),
+        ("dispatch", "capacity", dispatch, 18),
+        ("dispatch", "wire_capacity", dispatch, 6),
+        ("dispatch", "expert_alignment", dispatch, 4),
+        ("mla_decode", "latent_dim", decode, 32),
+        ("mla_decode", "num_splits", decode, 2),
+        (
+            "kv_cache.append",
+            "latent_dim",
+            functools.partial(kv.append, cache, q[0, :, :1], table[:, :1], table[:, :1]),
+            32,
+        ),
+        ("kv_cache.pack", "latent_dim", functools.partial(kv.pack, a), 64),
+        ("kv_cache.unpack", "latent_dim", functools.partial(kv.unpack, packed), 512),
+        ("kv_cache.unpack", "rope_dim", functools.partial(kv.unpack, packed), 64),
+        ("kv_cache.row_bytes", "rope_dim", kv.row_bytes, 64),
+    ]
+
+
+@pytest.mark.parametrize("op,argument,call,good", [pytest.param(*s, id=f"{s[0]}-{s[1]}") for s in _statics()])
+def test_static_integers(op, argument, call, good):
+    jax.block_until_ready(call(**{argument: np.int32(good)}))
+    jax.block_until_ready(call(**{argument: good}))  # finds nothing in the cache that only equals it
+    for bad in (float(good), good + 0.5, True, str(good), [good]):
+        with pytest.raises(TypeError, match=rf"^{op}: {argument} must be an integer, got {re.escape(repr(bad))}"):
+            call(**{argument: bad})
 
 
 # Implementations and platforms. Lowering needs neither the GPU nor the kernels, so both can be made up.

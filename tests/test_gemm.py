@@ -829,3 +829,9 @@ def test_threads_may_run_where_they_might_before():
 def test_errors(error, match, call):
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.parametrize("out_dtype", ["foo", jnp.float16])
+def test_out_dtypes_that_are_none(out_dtype):
+    with pytest.raises(TypeError, match="gemm: out_dtype must be float32 or bfloat16, got '?f"):
+        jaxkern.gemm(jnp.ones((2, 4)), jnp.ones((3, 4)), out_dtype=out_dtype)

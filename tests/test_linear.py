@@ -230,3 +230,12 @@ def test_nan_and_infinity_reach_their_row_and_block_only():
 def test_errors(error, match, call):
     with pytest.raises(error, match=match):
         call()
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+def test_gradient_without_tokens(implementation):
+    def loss(x, w):
+        return fp8_grouped_linear(x, w, jnp.array([1, 2], jnp.int32), implementation=implementation).sum()
+
+    dx, dw = jax.grad(loss, (0, 1))(jnp.ones((0, 16)), jnp.ones((2, 8, 16)))
+    assert dx.shape == (0, 16) and (dw == 0).all()

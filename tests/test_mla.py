@@ -854,3 +854,29 @@ def test_prefill_errors():
         jaxkern.mla_prefill(q, k, v, softmax_scale=1.0, seq_lens=jnp.ones(2))
     with pytest.raises(ValueError, match=r"mla_prefill: q must be .* \[t, h, dk\], got float32\[2,8,2,24\]"):
         jaxkern.mla_prefill(q, k, v, softmax_scale=1.0, cu_seqlens=jnp.array([0, 8], jnp.int32))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_decode_without_any_page(implementation):
+    q, cache = jnp.ones((2, 1, 3, 40)), jnp.ones((0, 16, 40))
+    table, lens = jnp.zeros((2, 2), jnp.int32), jnp.full(2, 5, jnp.int32)
+    out, lse = jaxkern.mla_decode(
+        q, cache, table, lens, softmax_scale=0.2, latent_dim=32, implementation=implementation
+    )
+    assert (out == 0).all() and (lse == -jnp.inf).all()
+
+
+def test_parts_that_are_not_alike():
+    lses = [jnp.zeros(3)] * 2
+    with pytest.raises(ValueError, match="merge_attention: outs must have a part, got none"):
+        jaxkern.merge_attention([], [])
+    with pytest.raises(
+        ValueError, match=r"merge_attention: outs\[1\] must be float32\[3,8\] as .*, got float32\[2,8\]"
+    ):
+        jaxkern.merge_attention([jnp.ones((3, 8)), jnp.ones((2, 8))], lses)
+    with pytest.raises(
+        TypeError, match=r"merge_attention: outs\[1\] must be float32\[3,8\] as .*, got bfloat16\[3,8\]"
+    ):
+        jaxkern.merge_attention([jnp.ones((3, 8)), jnp.ones((3, 8), jnp.bfloat16)], lses)
+    with pytest.raises(TypeError, match=r"merge_attention: lses\[0\] must be an array, got None"):
+        jaxkern.merge_attention([jnp.ones((3, 8))], [None])

@@ -351,6 +351,14 @@ def test_dispatch_errors():
         jaxkern.dispatch(x, ids, weights, num_experts=4, expert_alignment=0)
     with pytest.raises(ValueError, match="dispatch: capacity must be in 1"):
         jaxkern.dispatch(x, ids, weights, num_experts=4, capacity=0)
+    for experts in (0, -8):
+        with pytest.raises(ValueError, match=f"dispatch: num_experts must be in 1.*, got {experts}"):
+            jaxkern.dispatch(x, ids, weights, num_experts=experts)
+    for transport in ("bogus", ["ragged"]):  # though nothing crosses
+        with pytest.raises(ValueError, match="dispatch: transport must be None or one of .*, got .*(bogus|ragged)"):
+            jaxkern.dispatch(x, ids, weights, num_experts=4, transport=transport)
+    with pytest.raises(ValueError, match="dispatch: wire_capacity must be in 1.*, got 0"):
+        jaxkern.dispatch(x, ids, weights, num_experts=4, wire_capacity=0)
     with pytest.raises(TypeError, match=r"dispatch: expert_ids must be int32 \[t=4, k\], got float32\[4,2\]"):
         jaxkern.dispatch(x, weights, weights, num_experts=4)
     received, handle = jaxkern.dispatch(x, ids, weights, num_experts=4)
@@ -401,3 +409,97 @@ def fill_memory(byte: int):
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(-6, byte)  # M_PERTURB
+
+
+def test_exports_of_handles_are_files():
+    """Of a Handle, its Levels and a ScaledArray, as arguments and results."""
+    mesh = jax.make_mesh((2, 2), ("host", "device"), axis_types=(AxisType.Auto,) * 2)
+    split, checks = P(("host", "device")), jaxkern.DISABLE_JAX_EXPORT_CHECKS
+    x = np.random.default_rng(0).standard_normal((16, 256)).astype(np.float32)
+    ids, weights = random_routing(16, 8, 2)
+    scaled = jaxkern.quantize(x)
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=split, out_specs=split)
+    def there(x, ids, weights):
+        return jaxkern.dispatch(x, ids, weights, num_experts=8, axis_name=("host", "device"), wire_capacity=(4, None))
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=split, out_specs=split)
+    def back(received, handle):
+        return jaxkern.combine(jaxkern.dequantize(received), handle)
+
+    def exported(call, *arrays):
+        arrays = [jax.tree.map(lambda a: jax.device_put(a, jax.NamedSharding(mesh, split)), a) for a in arrays]
+        file = jax.export.export(call, disabled_checks=checks)(*arrays).serialize()
+        return jax.jit(jax.export.deserialize(file).call)(*arrays)
+
+    received, handle = exported(there, scaled, ids, weights)
+    assert jax.tree.structure((received, handle)) == jax.tree.structure(there(scaled, ids, weights))
+    y = exported(back, received, handle)
+    np.testing.assert_array_equal(y, back(*there(scaled, ids, weights)))
+
+
+def test_indices_are_int32_in_x64_mode():
+    mesh = jax.make_mesh((2, 2), ("host", "device"), axis_types=(AxisType.Auto,) * 2)
+    ids, weights = random_routing(16, 8, 2)
+    x = np.random.default_rng(0).standard_normal((16, 24)).astype(np.float32)
+
+    def layer(x, ids, weights):
+        received, handle = jaxkern.dispatch(
+            x, ids, weights, num_experts=8, axis_name=("host", "device"), wire_capacity=(4, None)
+        )
+        return jaxkern.combine(received, handle), handle.dropped, handle.slots, handle.source
+
+    run = jax.shard_map(layer, mesh=mesh, in_specs=P(("host", "device")), out_specs=P(("host", "device")))
+    expected = jax.jit(run)(x, ids, weights)
+    with jax.enable_x64(True):
+        got = jax.jit(run)(x, ids, weights)
+    for g, e in zip(got, expected, strict=True):
+        assert g.dtype == e.dtype
+        np.testing.assert_array_equal(g, e)
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+@pytest.mark.parametrize("t, h", [(0, 8), (4, 0)])
+def test_zero_sizes(t, h, implementation):
+    def layer(x, weights):
+        ids = jnp.zeros((t, 2), jnp.int32)
+        received, handle = jaxkern.dispatch(
+            x, ids, weights, num_experts=4, capacity=5, layout="masked", implementation=implementation
+        )
+        return jaxkern.combine(received, handle)
+
+    x, weights = jnp.ones((t, h)), jnp.ones((t, 2))
+    y, gradients = jax.vjp(layer, x, weights)
+    assert y.shape == (t, h) and [g.shape for g in gradients(y)] == [x.shape, weights.shape]
+
+
+def test_export_with_symbolic_tokens_and_aligned_experts():
+    def layer(x, ids, weights):
+        received, handle = jaxkern.dispatch(x, ids, weights, num_experts=8, expert_alignment=4)
+        return jaxkern.combine(received, handle)
+
+    arrays = np.ones((5, 8), np.float32), np.arange(10, dtype=np.int32).reshape(5, 2), np.ones((5, 2), np.float32)
+    scope = jax.export.SymbolicScope()
+    dims = [jax.export.symbolic_shape(f"t, {x.shape[1]}", scope=scope) for x in arrays]
+    shapes = [jax.ShapeDtypeStruct(d, x.dtype) for d, x in zip(dims, arrays, strict=True)]
+    exported = jax.export.export(jax.jit(layer), disabled_checks=jaxkern.DISABLE_JAX_EXPORT_CHECKS)(*shapes)
+    np.testing.assert_array_equal(exported.call(*arrays), layer(*arrays))
+
+
+@pytest.mark.parametrize("reduction", ["rank", "expert"])
+def test_export_of_the_gradient_of_ragged_combines(reduction):
+    """Its residuals are arguments of the backward pass: one closed over would be a constant of no program."""
+    mesh = jax.make_mesh((4,), ("expert",), axis_types=(AxisType.Auto,))
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"))
+    def layer(x, ids, weights):
+        received, handle = jaxkern.dispatch(x, ids, weights, num_experts=8, axis_name="expert", transport="ragged")
+        return jaxkern.combine(jnp.tanh(received), handle, reduction=reduction)
+
+    gradient = jax.jit(jax.grad(lambda x, ids, weights: (layer(x, ids, weights) ** 2).sum(), (0, 2)))
+    ids, weights = random_routing(16, 8, 2)
+    x = np.ones((16, 24), np.float32)
+    checks = [*jaxkern.DISABLE_JAX_EXPORT_CHECKS, jax.export.DisabledSafetyCheck.custom_call("ragged_all_to_all")]
+    jax.export.export(gradient, platforms=["cuda"], disabled_checks=checks)(x, ids, weights).serialize()

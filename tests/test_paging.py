@@ -186,3 +186,7 @@ def test_errors():
             call(request)
     with pytest.raises(ValueError, match="PageAllocator: page_size must be positive, got 0"):
         PageAllocator(4, 0)
+    with pytest.raises(TypeError, match=r"PageAllocator: pages must be an integer, got 2\.5"):
+        PageAllocator(2.5, 4)
+    with pytest.raises(TypeError, match=r"PageAllocator\.reserve: tokens must be an integer, got 5\.5"):
+        allocator.reserve(5.5)

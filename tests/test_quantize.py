@@ -304,3 +304,20 @@ def test_errors_name_what_is_wrong():
         jaxkern.dequantize(x)
     with pytest.raises(TypeError, match=r"dequantize: a.values must be float8_e4m3fn"):
         jaxkern.dequantize(jaxkern.ScaledArray(x, x))
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+def test_along_no_tokens(implementation):
+    a = jaxkern.quantize_along_tokens(jnp.ones((0, 4)), jnp.zeros(3, jnp.int32), implementation=implementation)
+    assert a.shape == (4, 256) and (jaxkern.dequantize(a) == 0).all()
+
+
+def test_dtypes_and_shapes_that_are_none():
+    a = jaxkern.quantize(jnp.ones((4, 128)))
+    with pytest.raises(ValueError, match=r"quantize: block_shape must be one of .*, got 128"):
+        jaxkern.quantize(jnp.ones((4, 128)), 128)
+    for dtype in (None, "foo", jnp.float8_e4m3fn):
+        with pytest.raises(TypeError, match="dequantize: dtype must be float32 or bfloat16 or float16, got "):
+            jaxkern.dequantize(a, dtype)
+    with pytest.raises(TypeError, match="quantize: x must be an array, got ScaledArray"):
+        jaxkern.quantize(a)

@@ -28,3 +28,8 @@ def test_gradient():
     (got,) = jax.vjp(sum_in_order, x)[1](g)
     np.testing.assert_array_equal(got, np.broadcast_to(g, (2, 5)))
     np.testing.assert_array_equal(jax.jvp(sum_in_order, (x,), (x,))[1], np.full((2, 1), 5.0))
+
+
+def test_a_row_of_none():
+    np.testing.assert_array_equal(sum_in_order(jnp.zeros((3, 0))), np.zeros((3, 1)))
+    np.testing.assert_array_equal(jax.grad(lambda x: sum_in_order(x).sum())(jnp.zeros((3, 0))), np.zeros((3, 0)))

@@ -43,7 +43,8 @@ def grouped_gemm(
     starts, _, owner = groups_of(group_sizes, a.shape[0], group_alignment, group_stride)
     a = jnp.where(owner[:, None] >= 0, a, 0)
     spans = jnp.diff(starts, append=a.shape[0])  # the gap after a group counts as its own: it is zero
-    out = jax.lax.ragged_dot(a, b, spans, precision="highest")
+    everywhere = jax.typeof(a).sharding.update(spec=jax.sharding.PartitionSpec(None, None))  # it infers none
+    out = jax.lax.ragged_dot(a, b, spans, precision="highest", out_sharding=everywhere)
     return (jnp.where(owner[:, None] >= 0, out, 0).astype(out_dtype),)
 
 

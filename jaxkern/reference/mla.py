@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkern.reference.kv_cache import unpack_rows
+from jaxkern.reference.rows import take_rows
 
 BLOCK = 256  # tokens in a block of queries or keys of mla_prefill; its probabilities are all that it holds at once
 
@@ -51,7 +52,7 @@ def gather_pages(cache, block_table):
     p, page, d = cache.shape
     b, pages = block_table.shape
     entries = jnp.where(block_table < 0, p, block_table)  # a negative index would count from the end
-    return cache.at[entries].get(mode="fill", fill_value=0).reshape(b, pages * page, d)
+    return take_rows(cache, entries).reshape(b, pages * page, d)
 
 
 def softmax(logits):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkern.reference.quantize import quantize
+from jaxkern.reference.rows import take_rows
 
 
 def route(scores, bias, *, num_groups, topk_groups, top_k):
@@ -50,10 +51,10 @@ def gather_rows(x, source, weights, *, top_k, weighted, zero_gaps=True):
     index = jnp.where(valid, source, t * top_k)
     # As bits: e8m0 has no other zero, and XLA makes a signalling bfloat16 NaN a quiet one.
     bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
-    rows = jnp.take(bits, index // top_k, axis=0, mode="fill", fill_value=0)
+    rows = take_rows(bits, index // top_k)
     rows = jax.lax.bitcast_convert_type(rows, x.dtype)
     if weighted:
-        scale = jnp.take(weights.reshape(-1), index, mode="fill", fill_value=0)
+        scale = take_rows(weights.reshape(-1), index)
         rows = jnp.where(valid[:, None], rows.astype(jnp.float32) * scale[:, None], 0).astype(x.dtype)
     return (rows,)
 
@@ -73,7 +74,7 @@ def sum_rows(rows, slots, keys, weights, bias, *, num_keys, out_dtype):
     valid = (slots >= 0) & (slots < c) & (keys >= 0) & (keys < num_keys)
     order = jnp.argsort(jnp.where(valid, keys, num_keys), axis=1, stable=True)
     valid, slots, keys, weights = (jnp.take_along_axis(x, order, 1) for x in (valid, slots, keys, weights))
-    terms = jnp.take(rows, jnp.where(valid, slots, c), axis=0, mode="fill", fill_value=0).astype(jnp.float32)
+    terms = take_rows(rows, jnp.where(valid, slots, c)).astype(jnp.float32)
     terms = jnp.where(valid[:, :, None], terms * weights[:, :, None], 0)
 
     codes = jnp.asarray(_tree_codes(num_keys))[jnp.where(valid, keys, 0)]
@@ -114,5 +115,5 @@ def _nan_last(x):
 def dot_rows(rows, slots, x):
     c, h = rows.shape
     valid = (slots >= 0) & (slots < c)
-    taken = jnp.take(rows, jnp.where(valid, slots, c), axis=0, mode="fill", fill_value=0).astype(jnp.float32)
+    taken = take_rows(rows, jnp.where(valid, slots, c)).astype(jnp.float32)
     return (jnp.where(valid, jnp.einsum("tkh,th->tk", taken, x.astype(jnp.float32)), 0),)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkern.reference.groups import groups_of
+from jaxkern.reference.rows import take_rows
 
 FP8_MAX = 448.0
 MIN_AMAX = 1e-4
@@ -34,7 +35,7 @@ def quantize_along_tokens(x, group_sizes, *, group_alignment, scale_format, toke
     new_starts, _, owner = groups_of(sizes, tokens, 128)
     shift = jnp.append(starts - new_starts, 0)  # the last for tokens of no group, which are -1
     row = shift[owner] + jnp.arange(tokens, dtype=jnp.int32)
-    x = jnp.where(owner[:, None] >= 0, x.at[row].get(mode="clip"), 0)
+    x = jnp.where(owner[:, None] >= 0, take_rows(x, row), 0)
     values, scales = quantize(x.T[None], block_shape=(1, 128), scale_format=scale_format)
     return values[0], scales[0]
 
