@@ -373,8 +373,9 @@ def _load():
         from jaxkern import _cpu
     except ImportError as error:
         raise ImportError(
-            f"jaxkern: the compiled module jaxkern._cpu could not be loaded ({error}). Install the package "
-            "(pip install . or pip install -e . in the source tree); the source tree alone is not enough."
+            f"jaxkern: the compiled module jaxkern._cpu could not be loaded ({error}). In the source tree install the "
+            "package with pip install -e .; one that was installed without -e is hidden by the tree's own folder jaxkern "
+            "when Python starts there."
         ) from error
     check_api_version(_cpu.api_version(), running_api_version())
     _register(_cpu, "cpu")
