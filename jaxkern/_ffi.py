@@ -374,7 +374,7 @@ def _load():
     except ImportError as error:
         raise ImportError(
             f"jaxkern: the compiled module jaxkern._cpu could not be loaded ({error}). In the source tree install the "
-            "package with pip install -e .; one that was installed without -e is hidden by the tree's own folder jaxkern "
+            "package with pip install -e .; one that was installed without -e is hidden by the tree's folder jaxkern "
             "when Python starts there."
         ) from error
     check_api_version(_cpu.api_version(), running_api_version())
