@@ -176,7 +176,7 @@ def test_shard_map(case, axis_type):
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@over(CASES)
+@over(UNTOLD)
 def test_sharded_operands_outside_shard_map(case, axis_type):
     """They are gathered: slow, but right. A gradient is sharded as its operand."""
     mesh = jax.make_mesh((SHARDS,), ("x",), axis_types=(axis_type,))
