@@ -23,4 +23,4 @@ LD_PRELOAD="$asan:$ubsan" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stackt
   tests/test_gemm.py tests/test_linear.py tests/test_mla.py tests/test_kv_cache.py tests/test_moe.py -k "not none and not hopper and (matches_reference or simd_levels_agree or any_shape or \
   zero_sizes or test_grouped_gemm or test_k_grouped_gemm or masked or along_tokens or swiglu or masks_pages or clamps or without_keys or stable_sort or \
   decode_shows or spread_over or test_merge or append or one_slot or long_prompt or prefill_at_every or select_nothing or bad_logits or \
-  gradient_is_that or closed_form or frozen_fp8 or grouped_gradients)"
+  gradient_is_that or closed_form or frozen_fp8 or grouped_gradients or left_alone or best_groups)"
