@@ -571,12 +571,12 @@ def _deliver(x, handle, scale_format, weighted, zero_gaps):
         arrays = [_spread(static, x[0], handle.weights if weighted else None, index)]
     else:
         arrays = x
+        scale_format = scale_format if len(x) == 1 else None
         for level in levels:
-            quantized = scale_format if len(arrays) == 1 else None
-            arrays = _forward(level, arrays, implementation, quantized, zero_gaps and slots is None)
+            arrays = _forward(level, arrays, implementation, scale_format, zero_gaps and slots is None)
+            scale_format = None  # the first move quantises
         if slots is not None:
-            quantized = scale_format if len(arrays) == 1 else None
-            arrays = _take(arrays, source, slots, implementation, quantized, zero_gaps)
+            arrays = _take(arrays, source, slots, implementation, scale_format, zero_gaps)
     if handle.layout == "masked":
         experts = handle.group_sizes.shape[0]
         arrays = [a.reshape(experts, a.shape[0] // experts, a.shape[1]) for a in arrays]

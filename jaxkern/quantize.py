@@ -144,8 +144,9 @@ def swiglu_quantize(
         [..., m, i] with blocks (1, 128).
     Units: silu(x) = x / (1 + exp(-x)); products in float32, within 1e-6 of the exact one, and one rounding, to e4m3, as
         in `quantize`: a block in which a product is NaN or infinite becomes NaN. Only the first num_rows rows of each
-        matrix count: time follows their number, and what the others come out as is undefined. So are the rows in no
-        group of a grouped product: num_rows is the sum of its group_sizes, or, masked, these themselves.
+        matrix count: time follows their number, and what the others come out as is undefined. For what a grouped
+        product gives, num_rows is where its last group ends, which with a group_alignment of 1 is the sum of the
+        group_sizes; for a masked one it is the group_sizes themselves.
     Sharding: shard_map, along m (not with num_rows) and the axes before it; along i a pair, where that does not cut a
         block.
     Gradient: none.

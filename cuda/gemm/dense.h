@@ -40,7 +40,7 @@ struct Dense {
   static constexpr int slabs = tile_m / math_groups / 64;  // of 64 rows, for each warpgroup
   static constexpr int threads = warpgroup_size * (math_groups + 1);
   static constexpr int registers = 168;
-  static constexpr bool starts_early = Schedule::follows_small;  // which writes other rows than this
+  static constexpr bool starts_early = Schedule::follows_small;  // beside Small, which writes other rows
   static constexpr int strip = swizzle_row / sizeof(Out);        // columns of one store
   static constexpr int strips = tile_n / strip;
   static constexpr int staged = sizeof(Out) == 4 ? 1 : slabs;  // at a time; what leaves three stages

@@ -1,7 +1,6 @@
 """Generation: the prompt through expanded attention into a paged cache, then one token a step through absorbed MLA."""
 
 import functools
-import operator
 from collections.abc import Sequence
 from typing import Literal
 
@@ -11,6 +10,7 @@ import numpy as np
 import tqdm
 
 import jaxkern
+from jaxkern._check import require_integer
 from jaxkern.models.deepseek.model import (
     DeepseekForCausalLM,
     Program,
@@ -62,10 +62,10 @@ def generate(
     input_ids, attention_mask = (fetch(x) if isinstance(x, jax.Array) else x for x in (input_ids, attention_mask))
     input_ids, attention_mask = check_inputs(model.config, input_ids, attention_mask)
     b, s = input_ids.shape
-    max_new_tokens = _integer("max_new_tokens", max_new_tokens)
-    page_size = _integer("page_size", page_size)
-    seed = _integer("seed", seed)
-    top_k = None if top_k is None else _integer("top_k", top_k)
+    max_new_tokens = require_integer("generate", "max_new_tokens", max_new_tokens)
+    page_size = require_integer("generate", "page_size", page_size)
+    seed = require_integer("generate", "seed", seed)
+    top_k = None if top_k is None else require_integer("generate", "top_k", top_k)
     for holds, message in (
         (max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {max_new_tokens}"),
         (temperature >= 0, f"temperature must not be negative, got {temperature}"),
@@ -117,13 +117,6 @@ def generate(
             bar.update()
     tokens += [token] * (max_new_tokens - len(tokens))
     return np.stack([fetch(token) for token in tokens], axis=1)[:b]
-
-
-def _integer(name: str, value) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"generate: {name} must be an integer, got {value!r}") from None
 
 
 def reserve_pages(tokens, width: int, page_size: int, devices: int) -> tuple[np.ndarray, int]:
