@@ -107,11 +107,19 @@ void pack_rows(const Operand& o, int64_t row, int64_t rows, int64_t k0, int64_t 
         for (int64_t i = begin; i < end; i += 64 / sizeof(T)) __builtin_prefetch(next + i);
         f32v scale = {};
         if constexpr (std::is_same_v<T, e4m3>) scale = splat(fast_scale(o, row + r, k0 + begin, end - begin));
-        for (int64_t i = begin; i < end; i += kLanes) {
-          f32v v = load_fast_lanes(x + i, end - i);
+        float* row_to = to + r * kRowStride;
+        auto put = [&](int64_t i, f32v v) __attribute__((always_inline)) {
           if constexpr (std::is_same_v<T, e4m3>) v *= scale;
-          store(to + r * kRowStride + i, v);
+          store(row_to + i, v);
+        };
+        int64_t i = begin;
+        for (; i + 2 * kLanes <= end; i += 2 * kLanes) {
+          f32v v, w;
+          load_fast_pair(x + i, v, w);
+          put(i, v);
+          put(i + kLanes, w);
         }
+        for (; i < end; i += kLanes) put(i, load_fast_lanes(x + i, end - i));
       }
     }
     return;

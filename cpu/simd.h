@@ -182,6 +182,21 @@ constexpr float kFastUnit = 1.0f;
 JAXKERN_INLINE f32v load_fast(const e4m3* p) { return load(p); }
 #endif
 
+// load_fast of two registers, for less than twice the price where it can be had.
+template <typename T>
+JAXKERN_INLINE void load_fast_pair(const T* p, f32v& x, f32v& y) {
+  x = load_fast(p);
+  y = load_fast(p + kLanes);
+}
+#if defined(JAXKERN_LEVEL_avx2)
+JAXKERN_INLINE void load_fast_pair(const e4m3* p, f32v& x, f32v& y) {
+  __m256i bits = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load_raw<__m128i>(p)), 7);
+  bits = _mm256_and_si256(bits, _mm256_set1_epi16(int16_t(0xbf80)));
+  x = (f32v)_mm256_cvtph_ps(_mm256_castsi256_si128(bits));
+  y = (f32v)_mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1));
+}
+#endif
+
 // ---- four registers of consecutive elements, in the order that is cheapest to convert ----
 
 constexpr int kQuad = 4;
