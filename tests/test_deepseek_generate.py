@@ -142,6 +142,45 @@ def test_draws_do_not_depend_on_the_mesh(model):
     np.testing.assert_array_equal(spread, deepseek.generate(model, ids, **options))
 
 
+@pytest.mark.parametrize("cache_dtype", [None, "fp8"])
+@pytest.mark.parametrize("devices", [None, 2])
+@pytest.mark.parametrize("prefix, samples", [(0, 3), (5, None), (16, 1), (37, 2)])
+def test_a_prefix_and_samples_are_whole_prompts_repeated(prefix, samples, devices, cache_dtype):
+    """Of rows whose prompts end within a page, at the end of one, and after one token."""
+    model = small_model(mesh(devices) if devices else None)
+    before, ids, lengths = tokens(prefix, seed=1), tokens(3, 11), np.array([4, 11, 1])
+    real = np.arange(11) >= 11 - lengths[:, None]
+    options = {"max_new_tokens": 14, "temperature": 1.0, "seed": 3, "page_size": 16, "cache_dtype": cache_dtype}
+    got = deepseek.generate(
+        model, ids, attention_mask=real, prefix_ids=before, num_samples=samples, eos_token_id=7, **options
+    )
+    assert got.shape == ((3, 14) if samples is None else (3, samples, 14))
+    whole = [np.concatenate([tokens(11 - n), before, row[11 - n :]]) for n, row in zip(lengths, ids, strict=True)]
+    mask = np.arange(11 + prefix) >= 11 - lengths[:, None]
+    whole, mask = (np.repeat(x, samples or 1, axis=0) for x in (whole, mask))
+    want = deepseek.generate(model, whole, attention_mask=mask, eos_token_id=7, **options)
+    np.testing.assert_array_equal(got.reshape(want.shape), want)
+
+
+def test_a_prefix_is_computed_once(model):
+    """The prompt's pass over it has one row, whatever the batch."""
+
+    def products(prefix, prompt):
+        program, leaves = Program.of(model, inference=True)
+        prefill, _ = _programs(program, None, 16)
+        table, pages = reserve_pages(np.full(8, prefix + prompt), 9, 16, 1, prefix=prefix)
+        fixed = np.zeros(1, np.int32), (np.uint32(0), np.float32(0), np.float32(1))
+        options = {"prefix": tokens(prefix) if prefix else None, "pages": pages, "packed": False}
+        made = jax.make_jaxpr(lambda *x: prefill(*x, **options))(
+            leaves, tokens(8, prompt), np.ones((8, prompt), int), table, *fixed
+        )
+        return made.pretty_print(use_color=False)
+
+    assert f"[{8 * 128},32]" in products(0, 128)  # the hidden states of all tokens
+    shared = products(112, 16)
+    assert f"[{8 * 128},32]" not in shared and "[112,32]" in shared and f"[{8 * 16},32]" in shared
+
+
 def test_distribution_of_sample():
     """Frequencies against probabilities, with top_k and top_p cutting the tail."""
     probabilities = np.array([0.05, 0.4, 0.1, 0.3, 0.15], np.float32)
@@ -206,6 +245,14 @@ def test_each_row_has_the_pages_of_its_own_tokens():
     assert reserve_pages(np.array([33, 1, 1, 40]), 4, 16, devices=1)[1] == 8  # the same program for one page more
     assert reserve_pages(np.array([33, 1, 1, 17]), 4, 16, devices=1)[1] == 8
     assert reserve_pages(np.array([16, 1, 1, 16]), 4, 16, devices=1)[1] == 4
+
+
+def test_rows_share_the_prefix_and_samples_the_full_pages_of_their_prompt():
+    prompts = np.array([33, 48, 33])
+    table, pages = reserve_pages(prompts + 10, 4, 16, devices=2, prompts=prompts, prefix=16, samples=2)
+    first = [[0, 1, 2, -1], [0, 1, 3, -1], [0, 4, 5, 6], [0, 4, 5, 7]]
+    np.testing.assert_array_equal(table, [*first, [0, 1, 2, -1], [0, 1, 3, -1], [-1] * 4, [-1] * 4])
+    assert pages == 8
 
 
 def test_pages_are_numbered_within_a_device():
@@ -347,8 +394,16 @@ def test_errors(model):
         deepseek.generate(small_model(kv_lora_rank=18), ids, max_new_tokens=1, cache_dtype="fp8")
     with pytest.raises(ValueError, match="every row needs a real token"):
         deepseek.generate(model, ids, max_new_tokens=1, attention_mask=np.array([[1, 1, 1], [0, 0, 0]]))
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        deepseek.generate(model, ids, max_new_tokens=1, num_samples=0)
+    with pytest.raises(ValueError, match=r"generate: prefix_ids must be \[p\], got \[2, 3\]"):
+        deepseek.generate(model, ids, max_new_tokens=1, prefix_ids=ids)
+    with pytest.raises(ValueError, match=r"generate: prefix_ids must be in 0..63, got 1..64"):
+        deepseek.generate(model, ids, max_new_tokens=1, prefix_ids=[1, 64])
     for options in (
         {"max_new_tokens": 2.0},
+        {"num_samples": 2.0},
+        {"prefix_ids": [1.0]},
         {"top_k": 2.5},
         {"page_size": 64.0},
         {"seed": None},

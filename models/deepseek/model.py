@@ -178,23 +178,38 @@ class Decoder(nnx.Module):
         self.layers = nnx.List([DecoderLayer(config, init, i) for i in range(config.num_hidden_layers)])
         self.norm = Norm(init, config.hidden_size, config.rms_norm_eps)
 
-    def __call__(self, input_ids, seq_lens, run: Run):
-        """-> hidden states after the final norm, each layer's cache rows, each MoE layer's `Routing`."""
+    def __call__(self, input_ids, seq_lens, run: Run, prefix=None):
+        """-> hidden states after the final norm, each layer's cache rows, each MoE layer's `Routing`.
+
+        prefix: what `prefix_rows` made of tokens that come before each row.
+        """
         b, s = input_ids.shape
         positions = jnp.broadcast_to(jnp.arange(s), (b, s))
         valid = None if seq_lens is None else positions < seq_lens[:, None]
-        batch = Batch(*rope_angles(self.config, positions), seq_lens, valid)
+        prefix = prefix or [None] * len(self.layers)
+        before = 0 if prefix[0] is None else prefix[0].shape[1]
+        batch = Batch(*rope_angles(self.config, before + positions), seq_lens, valid)
         x = self.embed(input_ids, run)
         rows, routings = [], []
-        for layer in self.layers:
+        for layer, layer_prefix in zip(self.layers, prefix, strict=True):
 
-            def apply(x, layer=layer):
-                return layer(x, batch, run)
+            def apply(x, layer=layer, layer_prefix=layer_prefix):
+                return layer(x, batch, run, layer_prefix)
 
             x, row, routing = jax.checkpoint(apply)(x) if run.remat else apply(x)
             rows.append(row)
             routings += [routing] if routing is not None else []
         return self.norm(x), rows, routings
+
+    def prefix_rows(self, input_ids, run: Run):
+        """input_ids [p], which all rows of all devices begin with -> each layer's cache rows [1, p, width]."""
+        if run.axis_name is None:
+            return self(input_ids[None], None, run)[1]
+        # The first device's tokens alone go to experts.
+        first = jax.lax.axis_index(run.axis_name) == 0
+        seq_lens = jnp.where(first, input_ids.size, 0).astype(jnp.int32)[None]
+        _, rows, _ = self(input_ids[None], seq_lens, run)
+        return [jax.lax.psum(jnp.where(first, r, 0), run.axis_name) for r in rows]
 
     def absorbed(self, run: Run):
         """What `decode` multiplies by besides the parameters, of each layer: made once, not at every step."""
@@ -224,8 +239,8 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = Norm(init, config.hidden_size, config.rms_norm_eps)
         self.mlp = MoE(config, init) if config.is_moe(index) else MLP(config, init, config.intermediate_size)
 
-    def __call__(self, x, batch: Batch, run: Run):
-        attended, rows = self.self_attn(self.input_layernorm(x), batch, run)
+    def __call__(self, x, batch: Batch, run: Run, prefix=None):
+        attended, rows = self.self_attn(self.input_layernorm(x), batch, run, prefix)
         x = x + attended
         out, routing = self._mlp(self.post_attention_layernorm(x), batch, run)
         return x + out, rows, routing
@@ -264,23 +279,32 @@ class Attention(nnx.Module):
         self.kv_b_proj = linear(heads * (config.qk_nope_head_dim + config.v_head_dim), config.kv_lora_rank)
         self.o_proj = linear(hidden, heads * config.v_head_dim, bias=bias)
 
-    def __call__(self, x, batch: Batch, run: Run):
+    def __call__(self, x, batch: Batch, run: Run, prefix=None):
+        """prefix [1, p, width]: the cache rows of tokens before each row, which its own tokens see as well."""
         b, s, _ = x.shape
-        heads, nope = self.config.num_attention_heads, self.config.qk_nope_head_dim
-        q_nope, q_rope = self._queries(x, batch, run)
-        latent, k_rope = self._latent(x, batch, run)
-        kv = self.kv_b_proj(latent, run).reshape(b, s, heads, -1)
-        k_rope_of_heads = jnp.broadcast_to(k_rope[:, :, None], (b, s, heads, k_rope.shape[-1]))
-        out, _ = jaxkern.mla_prefill(
-            jnp.concatenate([q_nope, q_rope], -1),
-            jnp.concatenate([kv[..., :nope], k_rope_of_heads], -1),
-            kv[..., nope:],
-            softmax_scale=self.config.softmax_scale,
-            causal=True,
-            seq_lens=batch.seq_lens,
-            implementation=run.implementation,
-        )
-        return self.o_proj(out.reshape(b, s, -1), run), jnp.concatenate([latent, k_rope], -1)
+        q = jnp.concatenate(self._queries(x, batch, run), -1)
+        rows = jnp.concatenate(self._latent(x, batch, run), -1)
+        out, lse = self._attend(q, rows, run, causal=True, seq_lens=batch.seq_lens)
+        if prefix is not None:
+            # The same keys for all queries, which therefore need not be those of one row: as many at a time as keys.
+            p, tokens = prefix.shape[1], b * s
+            queries = jnp.pad(q.reshape(tokens, *q.shape[2:]), ((0, -tokens % p), (0, 0), (0, 0)))
+            parts = self._attend(queries.reshape(-1, p, *q.shape[2:]), prefix, run, causal=False)
+            parts = [x.reshape(-1, *x.shape[2:])[:tokens].reshape(b, s, *x.shape[2:]) for x in parts]
+            outs, lses = zip((out, lse), parts, strict=True)
+            out, _ = jaxkern.merge_attention(outs, lses, implementation=run.implementation)
+        return self.o_proj(out.reshape(b, s, -1), run), rows
+
+    def _attend(self, q, rows, run, **options):
+        """q [b, s, h, nope + rope] to the expanded keys and values of cache rows [b or 1, s, width] -> out, lse."""
+        heads, nope, latent = self.config.num_attention_heads, self.config.qk_nope_head_dim, self.config.kv_lora_rank
+        latent, rope = jnp.split(rows, [latent], axis=-1)
+        kv = self.kv_b_proj(latent, run).reshape(*rows.shape[:2], heads, -1)
+        rope = jnp.broadcast_to(rope[:, :, None], (*kv.shape[:3], rope.shape[-1]))
+        k, v = jnp.concatenate([kv[..., :nope], rope], -1), kv[..., nope:]
+        k, v = (jnp.broadcast_to(x, (*q.shape[:3], x.shape[-1])) for x in (k, v))
+        options |= {"softmax_scale": self.config.softmax_scale, "implementation": run.implementation}
+        return jaxkern.mla_prefill(q, k, v, **options)
 
     def decode(self, x, batch: Batch, cache, absorbed, block_table, positions, run: Run):
         b, s, _ = x.shape
@@ -752,11 +776,7 @@ def check_inputs(config: Config, input_ids, attention_mask):
     input_ids = integers(f"{where}: input_ids", input_ids)
     if input_ids.ndim != 2 or not input_ids.size:
         raise ValueError(f"{where}: input_ids must be [b, s] with b, s >= 1, got {list(input_ids.shape)}")
-    if (ids := known(input_ids)) is not None:
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= config.vocab_size:
-            raise ValueError(f"{where}: input_ids must be in 0..{config.vocab_size - 1}, got {low}..{high}")
-    input_ids = input_ids.astype(jnp.int32)
+    input_ids = check_ids(f"{where}: input_ids", input_ids, config)
     if attention_mask is None:
         return input_ids, None
     attention_mask = check_mask(f"{where}: attention_mask", attention_mask, input_ids.shape)
@@ -766,6 +786,15 @@ def check_inputs(config: Config, input_ids, attention_mask):
             row = int(np.argmax(starts > 1))
             raise ValueError(f"{where}: attention_mask must have its 1s next to each other, row {row} has holes")
     return input_ids, attention_mask
+
+
+def check_ids(name: str, x, config: Config):
+    """-> int32 ids within the vocabulary, or an error."""
+    if (ids := known(x)) is not None and ids.size:
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(f"{name} must be in 0..{config.vocab_size - 1}, got {low}..{high}")
+    return x.astype(jnp.int32)
 
 
 def check_mask(name: str, x, shape):
