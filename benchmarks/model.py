@@ -1,4 +1,5 @@
-"""Generation with an FP8 checkpoint against its bfloat16 copy: milliseconds of one step, random weights."""
+"""Generation with random weights: one step of an FP8 checkpoint against its bfloat16 copy, and prompts that share their
+tokens against whole ones."""
 
 import tempfile
 
@@ -34,26 +35,46 @@ CONFIG = deepseek.Config(
     quantized=True,
 )
 STEPS = 8  # of a timed call, after the prompt's pass
+SHARING, PREFIX, OWN = 4, 192, 64  # rows that share the first tokens of their prompts, and those that they do not share
 
 
 def rows(quick: bool):
     models = checkpoints()
+    seconds = 1.0 if quick else 3.0
     for batch in (1,) if quick else (1, 8):
-        ms = dict(zip(models, step_ms(list(models.values()), batch, 1.0 if quick else 3.0), strict=True))
+        ms = dict(zip(models, step_ms(list(models.values()), batch, seconds), strict=True))
         for name in ("fp8", "weight only"):
-            size, operations = _work(models[name], batch)
-            yield common.Row(
-                name=f"generate, {name}",
-                shape=f"b={batch} {size / 1e6:.0f} MB of weights",
-                ours_ms=ms[name],
-                xla_ms=ms["bfloat16"],
-                xla_form="bfloat16 copy",
-                ratio=ms["bfloat16"] / ms[name],
-                bytes=size,
-                flops=operations,
-                copy_fraction=size / (ms[name] * 1e-3) / common.machine()["copy_bytes_per_s"],
-                matrix_fraction=operations / (ms[name] * 1e-3) / common.machine()["matrix_flops_per_s"],
-            )
+            size, _ = work = _work(models[name], batch)
+            shape = f"b={batch} {size / 1e6:.0f} MB of weights"
+            yield _row(f"generate, {name}", shape, ms[name], ms["bfloat16"], "bfloat16 copy", work)
+    rng = np.random.default_rng(0)
+    shared, own = (rng.integers(0, CONFIG.vocab_size, shape) for shape in ((1, PREFIX), (SHARING, OWN)))
+    model = models["fp8"]
+
+    def first_token(prompts, **options):
+        return lambda: deepseek.generate(model, prompts, max_new_tokens=1, **options)
+
+    whole = np.concatenate([np.repeat(shared, SHARING, axis=0), own], axis=1)
+    repeated = np.repeat(whole[:1], SHARING, axis=0)
+    for name, shape, ours, alternative, form, tokens in (
+        (
+            "prompts, prefix_ids",
+            f"{PREFIX} + {SHARING} x {OWN} tokens",
+            first_token(own, prefix_ids=shared[0]),
+            first_token(whole),
+            "whole prompts",
+            PREFIX + SHARING * OWN,
+        ),
+        (
+            "prompts, num_samples",
+            f"{SHARING} of {PREFIX + OWN} tokens",
+            first_token(whole[:1], num_samples=SHARING),
+            first_token(repeated),
+            "repeated prompts",
+            PREFIX + OWN,
+        ),
+    ):
+        yield _row(name, shape, *common.medians([ours, alternative], seconds), form, _work(model, tokens))
 
 
 def checkpoints() -> dict[str, deepseek.DeepseekForCausalLM]:
@@ -78,6 +99,22 @@ def step_ms(models: list[deepseek.DeepseekForCausalLM], batch: int, seconds: flo
     calls = [generating(model, tokens) for model in models for tokens in (1, 1 + STEPS)]
     ms = common.medians(calls, seconds / 2)
     return [(whole - prompt) / STEPS for prompt, whole in zip(ms[::2], ms[1::2], strict=True)]
+
+
+def _row(name: str, shape: str, ms: float, other_ms: float, other: str, work: tuple[int, int]) -> common.Row:
+    size, operations = work
+    return common.Row(
+        name=name,
+        shape=shape,
+        ours_ms=ms,
+        xla_ms=other_ms,
+        xla_form=other,
+        ratio=other_ms / ms,
+        bytes=size,
+        flops=operations,
+        copy_fraction=size / (ms * 1e-3) / common.machine()["copy_bytes_per_s"],
+        matrix_fraction=operations / (ms * 1e-3) / common.machine()["matrix_flops_per_s"],
+    )
 
 
 def _work(model: deepseek.DeepseekForCausalLM, batch: int) -> tuple[int, int]:

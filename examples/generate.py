@@ -21,6 +21,8 @@ def main():
     parser.add_argument("checkpoint", type=pathlib.Path)
     parser.add_argument("prompts", nargs="+")
     parser.add_argument("--devices", type=int, help="how many CPU devices to make; only where there is no GPU")
+    parser.add_argument("--prefix", default="", help="comes before every prompt; computed once")
+    parser.add_argument("--samples", type=int, default=1, help="how often to continue each prompt")
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--temperature", type=float, default=0.7)
     parser.add_argument("--top-p", type=float, default=0.95)
@@ -28,13 +30,15 @@ def main():
     parser.add_argument("--weight-only", action="store_true", help="plain activations for FP8 weights")
     parser.add_argument("--fp8-cache", action="store_true", help="cache pages in FP8, in about half the memory")
     options = parser.parse_args()
-    if options.tokens < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
-        parser.error("--tokens must be at least 1, --temperature at least 0, --top-p in (0, 1]")
+    if min(options.tokens, options.samples) < 1 or options.temperature < 0 or not 0 < options.top_p <= 1:
+        parser.error("--tokens and --samples must be at least 1, --temperature at least 0, --top-p in (0, 1]")
     if options.devices:
         jax.config.update("jax_num_cpu_devices", options.devices)
 
     encode, decode = text_codec(options.checkpoint)
-    prompts = [encode(prompt) for prompt in options.prompts]
+    prefix = encode(options.prefix) if options.prefix else []
+    begin = len(encode("")) if prefix else 0  # the token that a text begins with is the prefix's
+    prompts = [encode(prompt)[begin:] for prompt in options.prompts]
     if not all(prompts):
         parser.error("every prompt needs a token")
     mesh = jax.make_mesh((jax.device_count(),), ("expert",))
@@ -47,6 +51,8 @@ def main():
         model,
         ids,
         attention_mask=mask,
+        prefix_ids=np.array(prefix, np.int32),
+        num_samples=options.samples,
         max_new_tokens=options.tokens,
         temperature=options.temperature,
         top_p=options.top_p,
@@ -54,8 +60,9 @@ def main():
         cache_dtype="fp8" if options.fp8_cache else None,
         progress=True,
     )
-    for prompt, row in zip(options.prompts, tokens.tolist(), strict=True):
-        print(f"\n--- {prompt}{decode(row)}")
+    for prompt, samples in zip(options.prompts, tokens.tolist(), strict=True):
+        for sample in samples:
+            print(f"\n--- {prompt}{decode(sample)}")
 
 
 def text_codec(folder: pathlib.Path):

@@ -83,7 +83,7 @@ def test_wrong_options_are_told_before_anything_starts(tmp_path):
         ([*FINETUNE, "--batch", 4, "--microbatches", 3], "--microbatches 3 must divide --batch 4"),
         ([*FINETUNE[:2], tmp_path / "short.txt", "nowhere"], "short.txt has 5 tokens; --context 128 needs 130"),
         ([*GENERATE, "a", ""], "every prompt needs a token"),
-        ([*GENERATE, "a", "--tokens", 0], "--tokens must be at least 1"),
+        ([*GENERATE, "a", "--tokens", 0], "--tokens and --samples must be at least 1"),
         ([*GENERATE, "a", "--top-p", 0], r"--top-p in \(0, 1\]"),
         (["benchmarks/__main__.py", "gem"], "there is no family gem; there are gemm, linear, "),
         (["benchmarks/training.py", "--seeds", 0], "--steps and --seeds must be at least 1"),
@@ -150,8 +150,9 @@ def test_examples_finetune_and_generate(tmp_path):
         *("examples/finetune.py", tmp_path / "tuned", "examples/data/sonnets.txt", tmp_path / "tuned"),
         *("--steps", 1, "--batch", 4, "--context", 32, "--devices", 2),
     )
-    out = run("examples/generate.py", tmp_path / "tuned", "Shall I", "When", "--tokens", 8, "--devices", 2)
-    assert "--- Shall I" in out and "--- When" in out
+    shared = "--prefix", "A sonnet. " * 8, "--samples", 2
+    out = run("examples/generate.py", tmp_path / "tuned", "Shall I", "When", "--tokens", 8, "--devices", 2, *shared)
+    assert out.count("--- Shall I") == out.count("--- When") == 2
 
 
 @pytest.mark.slow

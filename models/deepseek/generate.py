@@ -50,18 +50,18 @@ def generate(
     Units: temperature 0 (or below float32's 1.2e-38) takes the likeliest token. Otherwise logits are divided by it, all
         but the top_k largest are dropped, then all outside the smallest set whose probability reaches top_p, and one
         token is drawn. A row's draws depend on seed, row and step alone, not on the mesh; sample j of row i is drawn as
-        row i * num_samples + j. eos_token_id: the token or tokens that stop a row; None means the
-        config's, () none. A row takes the pages of page_size tokens that its own real tokens and max_new_tokens fill,
-        in the activations' dtype; with cache_dtype "fp8" packed, in about half the memory of bfloat16
-        (`kv_cache.pack`): what a token attends to is then rounded, except within the prompt. The full pages of the
-        prefix are computed once and shared by all rows, those of a row's prompt by its samples.
+        row i * num_samples + j. eos_token_id: the token or tokens that stop a row; None means the config's, () none. A
+        row takes the pages of page_size tokens that its own real tokens and max_new_tokens fill, in the activations'
+        dtype; with cache_dtype "fp8" packed, in about half the memory of bfloat16 (`kv_cache.pack`): what a token
+        attends to is then rounded, except within the prompt. The full pages of the prefix are computed once and shared
+        by all rows, those of a row's prompt by its samples.
     Sharding: the model's mesh; each device decodes its own rows, whose pages it holds. Of the inputs: any, also spread
         over the processes.
     Gradient: none.
     Implementations: `model.implementation`.
     Errors: TypeError for what must be an integer and is none; ValueError for an empty row, a max_new_tokens or
-        num_samples below 1, a sampling parameter out of range, or packed pages of a kv_lora_rank that is no multiple
-        of 4.
+        num_samples below 1, a sampling parameter out of range, or packed pages of a kv_lora_rank that is no multiple of
+        4.
     Compiled once for each shape: batch, samples, full pages of the prefix, prompt rounded up to pages, pages of the
     longest result, and pages of a row on average, rounded up, on the device that has most.
     """
@@ -164,18 +164,16 @@ def reserve_pages(
     shared = np.full_like(tokens, prefix) if prompts is None else prompts // page_size * page_size
     tokens, shared = (np.pad(x, (0, -len(x) % devices)).reshape(devices, -1) for x in (tokens, shared))
     rows = tokens.shape[1] * samples
-    own = np.where(
-        tokens > 0, (shared - prefix) // page_size + samples * (-(-tokens // page_size) - shared // page_size), 0
-    )
-    most = prefix // page_size + own.sum(1).max()
+    of_all, of_row, of_sample = prefix // page_size, shared // page_size, -(-tokens // page_size)  # pages
+    most = of_all + np.where(tokens > 0, of_row - of_all + samples * (of_sample - of_row), 0).sum(1).max()
     pages = int(-(-most // rows) * rows)  # so that batches of similar lengths share a compiled program
     tables = []
     for device_tokens, device_shared in zip(tokens.tolist(), shared.tolist(), strict=True):
         allocator = jaxkern.PageAllocator(pages, page_size)
-        of_all, requests = allocator.reserve(prefix), []
-        for n, of_row in zip(device_tokens, device_shared, strict=True):
-            row = allocator.fork(of_all, prefix, of_row)[0] if n else allocator.reserve(0)
-            requests += [allocator.fork(row, of_row, n)[0] for _ in range(samples)]
+        first, requests = allocator.reserve(prefix), []
+        for n, full in zip(device_tokens, device_shared, strict=True):
+            row = allocator.fork(first, prefix, full)[0] if n else allocator.reserve(0)
+            requests += [allocator.fork(row, full, n)[0] for _ in range(samples)]
         tables.append(allocator.block_table(requests, width))
     return np.concatenate(tables), pages
 
