@@ -89,6 +89,7 @@ def test_vmap(case):
     assert_same(jax.jit(jax.vmap(case.call))(*stacked), expected, tolerance(case))
 
 
+@pytest.mark.slow
 @over(UNTOLD)
 def test_vmap_of_the_reference(case):
     stacked = [jnp.stack([x, jnp.flip(x, 0)], -1) for x in case.operands]
@@ -191,6 +192,7 @@ def test_sharded_operands_outside_shard_map(case, axis_type):
             assert jax.typeof(g).sharding == jax.typeof(operands[n]).sharding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", [None, "xla"])
 @over(UNTOLD)
 def test_axes_that_only_gathering_can_split(case, implementation):
@@ -206,6 +208,7 @@ def test_axes_that_only_gathering_can_split(case, implementation):
     assert_same(got, case.call(*case.operands, implementation=implementation), case.rtol)
 
 
+@pytest.mark.slow
 @over([c for c in UNTOLD if c.grad])
 def test_vmap_over_a_sharded_axis(case):
     mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Explicit,))

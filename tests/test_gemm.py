@@ -718,6 +718,7 @@ def digest_in_a_process(**environment) -> str:
     return run.stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
 def test_every_simd_level(level):
     """Below the best level, which all other tests run at."""

@@ -42,6 +42,7 @@ def differences(got: dict, want: dict, tolerance: float) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 def test_processes_together_are_one_process_of_all_devices(tmp_path):
     """One test, so that the processes start once."""
     cases = chosen_cases()
