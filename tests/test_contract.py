@@ -22,8 +22,10 @@ DIFFERENTIABLE = [c for c in CASES if c.grad]
 UNTOLD = [c for c in CASES if c.implementation is None]  # lets the platform choose
 
 
-def over(cases):
-    return pytest.mark.parametrize("case", cases, ids=lambda c: c.id)
+def over(cases, hopper=()):
+    """hopper: marks of the cases that ask for a Hopper kernel."""
+    params = [pytest.param(c, id=c.id, marks=() if c.implementation is None else hopper) for c in cases]
+    return pytest.mark.parametrize("case", params)
 
 
 def assert_same(got, expected, rtol=0.0):
@@ -98,7 +100,7 @@ def test_vmap_of_the_reference(case):
     assert_same(jax.vmap(reference, -1)(*stacked), jax.tree.map(lambda *r: jnp.stack(r), *rows), tolerance(case))
 
 
-@over([c for c in CASES if len(c.arrays) > 1])
+@over([c for c in CASES if len(c.arrays) > 1], hopper=pytest.mark.slow)
 def test_vmap_with_unbatched_operands(case):
     for batched in range(len(case.arrays)):
         operands = case.operands
@@ -116,7 +118,7 @@ def test_gradient_is_that_of_the_reference(case):
     assert_same(got, expected, case.rtol)
 
 
-@over([c for c in DIFFERENTIABLE if c.smooth])
+@over([c for c in DIFFERENTIABLE if c.smooth], hopper=pytest.mark.slow)
 def test_gradient_is_the_slope(case):
     """Against a central difference along a random direction, in float64 arithmetic on float32 results."""
     loss, operands = loss_of(case), case.operands
@@ -135,7 +137,7 @@ def test_gradient_is_the_slope(case):
     assert abs(slope - expected) < 1e-2 * scale + 1e-3
 
 
-@over(DIFFERENTIABLE)
+@over(DIFFERENTIABLE, hopper=pytest.mark.slow)
 def test_vmap_of_gradient(case):
     stacked = [jnp.stack([x, jnp.flip(x, 0)]) for x in case.operands]
     gradient = jax.grad(loss_of(case), case.grad_argnums)
@@ -143,13 +145,13 @@ def test_vmap_of_gradient(case):
     assert_same(jax.jit(jax.vmap(gradient))(*stacked), jax.tree.map(lambda *r: jnp.stack(r), *rows), case.rtol)
 
 
-@over(DIFFERENTIABLE)
+@over(DIFFERENTIABLE, hopper=pytest.mark.slow)
 def test_remat(case):
     gradient = jax.jit(jax.grad(loss_of(case, jax.checkpoint(case.call)), case.grad_argnums))
     assert_same(gradient(*case.operands), jax.grad(loss_of(case), case.grad_argnums)(*case.operands), case.rtol)
 
 
-@over(CASES)
+@over(CASES, hopper=pytest.mark.slow)
 def test_scan(case):
     stacked = [jnp.stack([x, jnp.flip(x, 0)]) for x in case.operands]
     _, got = jax.jit(lambda *xs: jax.lax.scan(lambda c, x: (c, case.call(*x)), 0, xs))(*stacked)
@@ -229,7 +231,7 @@ def test_export(case):
     assert_same(restored.call(*case.operands), expected, tolerance(case))
 
 
-@over([c for c in CASES if c.symbolic])
+@over([c for c in CASES if c.symbolic], hopper=pytest.mark.slow)
 def test_export_with_a_symbolic_batch(case):
     scope = jax.export.SymbolicScope()
     shapes = [
@@ -280,7 +282,7 @@ def test_same_bits_on_one_core(tmp_path):
         np.testing.assert_array_equal(got[name], expected[name], err_msg=name)
 
 
-@pytest.mark.parametrize("level", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("level", ["portable", *(pytest.param(x, marks=pytest.mark.slow) for x in ("avx2", "avx512"))])
 def test_simd_levels_agree(tmp_path, level):
     got, expected = _results_in_another_process(tmp_path, JAXKERN_SIMD=level), results_of_all_cases()
     for case in CASES:

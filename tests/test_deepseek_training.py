@@ -124,7 +124,11 @@ def ten_steps():
 
 
 @pytest.mark.parametrize(
-    "kind, options", [(AxisType.Auto, {}), (AxisType.Explicit, {"microbatches": 2, "remat": True})]
+    "kind, options",
+    [
+        pytest.param(AxisType.Auto, {}, marks=pytest.mark.slow),
+        (AxisType.Explicit, {"microbatches": 2, "remat": True}),
+    ],
 )
 def test_ten_steps_on_four_devices(ten_steps, kind, options):
     one, want, want_loss = ten_steps

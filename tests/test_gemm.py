@@ -257,8 +257,7 @@ def check_hopper(kind, out_dtype, accumulate, m, n, k):
     "n,k",
     [
         (192, 1024),
-        (64, 4352),
-        *(pytest.param(*size, marks=pytest.mark.slow) for size in [(576, 512), (2112, 256), (128, 7168)]),
+        *(pytest.param(*size, marks=pytest.mark.slow) for size in [(64, 4352), (576, 512), (2112, 256), (128, 7168)]),
     ],
 )
 @pytest.mark.parametrize("kind,out_dtype,accumulate", HOPPER_KINDS)
