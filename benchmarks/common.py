@@ -75,13 +75,20 @@ def compare(
     timed = [_caller(ours, args)] + [_caller(f, xla_args) for f in forms.values()]
     ours_ms, *xla_ms = medians(timed, seconds)
     best = min(range(len(xla_ms)), key=xla_ms.__getitem__)
+    return row(name, shape, ours_ms, xla_ms[best], list(forms)[best], bytes=bytes, flops=flops, bar=bar)
+
+
+def row(
+    name: str, shape: str, ours_ms: float, xla_ms: float, xla_form: str, *, bytes: float, flops: float, bar=None
+) -> Row:
+    """What was timed, with the ratio and the rates that follow."""
     return Row(
         name=name,
         shape=shape,
         ours_ms=ours_ms,
-        xla_ms=xla_ms[best],
-        xla_form=list(forms)[best],
-        ratio=xla_ms[best] / ours_ms,
+        xla_ms=xla_ms,
+        xla_form=xla_form,
+        ratio=xla_ms / ours_ms,
         bytes=int(bytes),
         flops=int(flops),
         copy_fraction=bytes / (ours_ms * 1e-3) / machine()["copy_bytes_per_s"],

@@ -44,9 +44,9 @@ def rows(quick: bool):
     for batch in (1,) if quick else (1, 8):
         ms = dict(zip(models, step_ms(list(models.values()), batch, seconds), strict=True))
         for name in ("fp8", "weight only"):
-            size, _ = work = _work(models[name], batch)
-            shape = f"b={batch} {size / 1e6:.0f} MB of weights"
-            yield _row(f"generate, {name}", shape, ms[name], ms["bfloat16"], "bfloat16 copy", work)
+            work = _work(models[name], batch)
+            shape = f"b={batch} {work['bytes'] / 1e6:.0f} MB of weights"
+            yield common.row(f"generate, {name}", shape, ms[name], ms["bfloat16"], "bfloat16 copy", **work)
     rng = np.random.default_rng(0)
     shared, own = (rng.integers(0, CONFIG.vocab_size, shape) for shape in ((1, PREFIX), (SHARING, OWN)))
     model = models["fp8"]
@@ -74,7 +74,7 @@ def rows(quick: bool):
             PREFIX + OWN,
         ),
     ):
-        yield _row(name, shape, *common.medians([ours, alternative], seconds), form, _work(model, tokens))
+        yield common.row(name, shape, *common.medians([ours, alternative], seconds), form, **_work(model, tokens))
 
 
 def checkpoints() -> dict[str, deepseek.DeepseekForCausalLM]:
@@ -101,31 +101,15 @@ def step_ms(models: list[deepseek.DeepseekForCausalLM], batch: int, seconds: flo
     return [(whole - prompt) / STEPS for prompt, whole in zip(ms[::2], ms[1::2], strict=True)]
 
 
-def _row(name: str, shape: str, ms: float, other_ms: float, other: str, work: tuple[int, int]) -> common.Row:
-    size, operations = work
-    return common.Row(
-        name=name,
-        shape=shape,
-        ours_ms=ms,
-        xla_ms=other_ms,
-        xla_form=other,
-        ratio=other_ms / ms,
-        bytes=size,
-        flops=operations,
-        copy_fraction=size / (ms * 1e-3) / common.machine()["copy_bytes_per_s"],
-        matrix_fraction=operations / (ms * 1e-3) / common.machine()["matrix_flops_per_s"],
-    )
-
-
-def _work(model: deepseek.DeepseekForCausalLM, batch: int) -> tuple[int, int]:
-    """The bytes of weights that one step reads, if no two rows choose one expert, and its operations."""
+def _work(model: deepseek.DeepseekForCausalLM, tokens: int) -> dict[str, int]:
+    """The bytes of weights that a pass over so many tokens reads, if no two choose one expert, and its operations."""
     chosen = CONFIG.num_experts_per_tok / CONFIG.n_routed_experts
     size = operations = 0
     for path, x in jax.tree_util.tree_flatten_with_path(nnx.state(model.model.layers))[0]:
         spread = any(getattr(key, "key", None) == "experts" for key in path)
-        size += x.nbytes * (min(1, batch * chosen) if spread else 1)
-        operations += 2 * batch * x.size * (chosen if spread else 1)
-    return int(size), int(operations)
+        size += x.nbytes * (min(1, tokens * chosen) if spread else 1)
+        operations += 2 * tokens * x.size * (chosen if spread else 1)
+    return {"bytes": int(size), "flops": int(operations)}
 
 
 if __name__ == "__main__":

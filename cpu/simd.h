@@ -134,13 +134,18 @@ JAXKERN_INLINE f32v load(const f16* p) {
 // An e4m3's bits are those of a float16 that is 2^8 smaller, but for the NaN code, which becomes a number. The
 // conversion takes float16 denormals whatever the thread flushes.
 typedef int16_t i16v __attribute__((vector_size(kLanes * 2)));
+typedef int16_t i16x2v __attribute__((vector_size(kLanes * 4)));
+template <typename V>
+JAXKERN_INLINE V f16_bits(V codes) {  // sign-extended
+  return (codes << 7) & int16_t(0xbf80);
+}
 JAXKERN_INLINE i16v f16_bits(const e4m3* p) {
 #if defined(JAXKERN_LEVEL_avx512)
   i16v wide = (i16v)_mm256_cvtepi8_epi16(load_raw<__m128i>(p));
 #else
   i16v wide = (i16v)_mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 #endif
-  return (wide << 7) & int16_t(0xbf80);
+  return f16_bits(wide);
 }
 JAXKERN_INLINE f32v from_f16_bits(i16v bits) {
 #if defined(JAXKERN_LEVEL_avx512)
@@ -190,10 +195,9 @@ JAXKERN_INLINE void load_fast_pair(const T* p, f32v& x, f32v& y) {
 }
 #if defined(JAXKERN_LEVEL_avx2)
 JAXKERN_INLINE void load_fast_pair(const e4m3* p, f32v& x, f32v& y) {
-  __m256i bits = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load_raw<__m128i>(p)), 7);
-  bits = _mm256_and_si256(bits, _mm256_set1_epi16(int16_t(0xbf80)));
-  x = (f32v)_mm256_cvtph_ps(_mm256_castsi256_si128(bits));
-  y = (f32v)_mm256_cvtph_ps(_mm256_extracti128_si256(bits, 1));
+  __m256i bits = (__m256i)f16_bits((i16x2v)_mm256_cvtepi8_epi16(load_raw<__m128i>(p)));
+  x = from_f16_bits((i16v)_mm256_castsi256_si128(bits));
+  y = from_f16_bits((i16v)_mm256_extracti128_si256(bits, 1));
 }
 #endif
 
@@ -221,7 +225,6 @@ constexpr float quad_unit<e4m3> = 0x1p120f;
 JAXKERN_INLINE constexpr int quad_element(int i) {
   return i % kLanes * 4 + (3 - i / kLanes * 2 + i / (2 * kLanes) * 3);
 }
-typedef int16_t i16x2v __attribute__((vector_size(kLanes * 4)));
 #if defined(JAXKERN_LEVEL_avx512)
 using Codes = __m512i;
 JAXKERN_INLINE Codes max_codes(Codes a, Codes b) { return _mm512_max_epu8(a, b); }

@@ -51,7 +51,7 @@ def main():
         model,
         ids,
         attention_mask=mask,
-        prefix_ids=np.array(prefix, np.int32),
+        prefix_ids=prefix,
         num_samples=options.samples,
         max_new_tokens=options.tokens,
         temperature=options.temperature,

@@ -14,7 +14,7 @@ from jax.sharding import AxisType
 
 from jaxkern import kv_cache
 from jaxkern.models import deepseek
-from jaxkern.models.deepseek.generate import _programs, reserve_pages, sample
+from jaxkern.models.deepseek.generate import _programs, join_prefix, reserve_pages, sample
 from jaxkern.models.deepseek.model import Program, fetch, head
 
 CASES = ["v3-tiny", "v3-latent512", "v3-padded", "v3-fp8", "v3-mtp"]
@@ -130,6 +130,7 @@ def test_sampling(model):
     greedy = draw(temperature=0.0)
     np.testing.assert_array_equal(draw(top_k=1), greedy)
     np.testing.assert_array_equal(draw(top_p=1e-6), greedy)
+    np.testing.assert_array_equal(draw(seed=1, prefix_ids=[]), a)
     for temperature in (1e-4, 1.2e-38, 1e-38, 1e-300):  # the last two are 0 in float32
         np.testing.assert_array_equal(draw(temperature=temperature), greedy)
     np.testing.assert_array_equal(draw(seed=1, top_p=1.0, top_k=64), a)  # they drop nothing
@@ -161,6 +162,17 @@ def test_a_prefix_and_samples_are_whole_prompts_repeated(prefix, samples, device
     whole, mask = (np.repeat(x, samples or 1, axis=0) for x in (whole, mask))
     want = deepseek.generate(model, whole, attention_mask=mask, eos_token_id=7, **options)
     np.testing.assert_array_equal(got.reshape(want.shape), want)
+
+
+def test_whole_pages_of_a_prefix_are_shared(model):
+    """The rest comes before each row's own tokens, which move to its start."""
+    before, ids, mask = tokens(37, seed=1), tokens(2, 4), np.array([[0, 0, 1, 1], [1, 1, 1, 1]])
+    for page_size, shared in ((16, 32), (37, 37), (64, 0)):
+        prefix, joined, real = join_prefix(model.config, before, ids, mask, page_size)
+        np.testing.assert_array_equal(before[:0] if prefix is None else prefix, before[:shared])
+        assert joined.shape == real.shape == (2, 37 - shared + 4)
+        for row, own in enumerate((ids[0, 2:], ids[1])):
+            np.testing.assert_array_equal(joined[row][real[row] == 1], np.concatenate([before[shared:], own]))
 
 
 def test_a_prefix_is_computed_once(model):

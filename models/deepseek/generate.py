@@ -136,7 +136,7 @@ def generate(
 
 def join_prefix(config, prefix_ids, ids, mask, page_size: int):
     """The whole pages of the prefix, or None; what is left of it comes before the tokens of each row of ids, mask."""
-    if prefix_ids is None:
+    if prefix_ids is None or np.size(prefix_ids) == 0:
         return None, ids, mask
     prefix = fetch(prefix_ids) if isinstance(prefix_ids, jax.Array) else prefix_ids
     prefix = integers("generate: prefix_ids", prefix)

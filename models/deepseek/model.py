@@ -290,15 +290,15 @@ class Attention(nnx.Module):
             p, tokens = prefix.shape[1], b * s
             queries = jnp.pad(q.reshape(tokens, *q.shape[2:]), ((0, -tokens % p), (0, 0), (0, 0)))
             parts = self._attend(queries.reshape(-1, p, *q.shape[2:]), prefix, run, causal=False)
-            parts = [x.reshape(-1, *x.shape[2:])[:tokens].reshape(b, s, *x.shape[2:]) for x in parts]
+            parts = [y.reshape(-1, *y.shape[2:])[:tokens].reshape(b, s, *y.shape[2:]) for y in parts]
             outs, lses = zip((out, lse), parts, strict=True)
             out, _ = jaxkern.merge_attention(outs, lses, implementation=run.implementation)
         return self.o_proj(out.reshape(b, s, -1), run), rows
 
     def _attend(self, q, rows, run, **options):
         """q [b, s, h, nope + rope] to the expanded keys and values of cache rows [b or 1, s, width] -> out, lse."""
-        heads, nope, latent = self.config.num_attention_heads, self.config.qk_nope_head_dim, self.config.kv_lora_rank
-        latent, rope = jnp.split(rows, [latent], axis=-1)
+        heads, nope = self.config.num_attention_heads, self.config.qk_nope_head_dim
+        latent, rope = jnp.split(rows, [self.config.kv_lora_rank], axis=-1)
         kv = self.kv_b_proj(latent, run).reshape(*rows.shape[:2], heads, -1)
         rope = jnp.broadcast_to(rope[:, :, None], (*kv.shape[:3], rope.shape[-1]))
         k, v = jnp.concatenate([kv[..., :nope], rope], -1), kv[..., nope:]
