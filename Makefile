@@ -65,4 +65,4 @@ $(VENV)/installed: pyproject.toml CMakeLists.txt $(CODE)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .venv-* build
+	rm -rf $(VENV) .venv-* .jax_cache build

@@ -8,12 +8,20 @@ also needs --xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback=true from J
 
 import functools
 import math
+import os
+import pathlib
 import types
 
-import jax
-import pytest
+# Most of the suite's time is XLA's compiler: what one test has compiled, the other worker, processes that tests start,
+# the second part, the run under sanitizers and the next run read. Before JAX is imported, which reads these.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-from jaxkern import _ffi
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from jaxkern import _ffi  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)  # before the first use of a device
 
@@ -36,6 +44,13 @@ def pytest_runtest_setup(item):
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     if parameters.get("implementation") == "cpu" and jax.default_backend() != "cpu":
         pytest.skip("the kernels of a CPU")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs():
+    """Held for one file's tests; all of the suite's are gigabytes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -68,8 +68,7 @@ def assert_same_bits_in_any_order(arrays, got, simulator, **kwargs):
                 np.testing.assert_array_equal(again, first)
 
 
-@pytest.mark.parametrize("num_splits", [None, 1, 3])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("causal,num_splits", [(True, None), (True, 1), (True, 3), (False, None)])
 @pytest.mark.parametrize("queries,heads,page,lengths", CASES, ids=str)
 def test_decode(queries, heads, page, lengths, causal, num_splits, simulator):
     arrays = operands(queries, heads, page, lengths)

@@ -259,7 +259,7 @@ void bulk_wait_group(int pending, bool read, Where where) {
   while (!thread.bulk_groups.empty() &&
          std::all_of(thread.bulk_groups.front().begin(), thread.bulk_groups.front().end(),
                      [](auto& o) { return o->done(); }))
-    thread.bulk_groups.pop_front();
+    thread.bulk_groups.erase(thread.bulk_groups.begin());
 }
 
 void cp_async(uint32_t destination, const void* base, int64_t size, int64_t offset, int bytes, bool valid,
@@ -308,7 +308,7 @@ void cp_async_wait_group(int pending, Where where) {
         m.note_write(*o->block, o->address, o->bytes, thread.component, thread.clock[thread.component], thread.fences,
                      false, o->where);
     }
-    thread.copy_groups.pop_front();
+    thread.copy_groups.erase(thread.copy_groups.begin());
   }
   thread.time += 1;
 }

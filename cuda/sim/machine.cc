@@ -8,7 +8,6 @@
 #include <cstdarg>
 #include <mutex>
 #include <numeric>
-#include <unordered_set>
 #include <utility>
 
 namespace jaxkern::cuda::sim {
@@ -321,8 +320,7 @@ void Machine::fail(const Where& where, const std::string& message, Thread* threa
 
 // ---- collectives ----
 
-void Machine::collective(const char* what, const Where& where, uint64_t in, void* pointer,
-                         const std::function<void(Warp&, Collective&)>& act) {
+void Machine::collective(const char* what, const Where& where, uint64_t in, void* pointer, Act act) {
   Thread& thread = self();
   Warp& warp = *thread.warp;
   Collective& c = warp.collective;
@@ -446,6 +444,21 @@ void Machine::start(std::shared_ptr<Operation> operation) {
   pending_.push_back(std::move(operation));
 }
 
+namespace {
+
+bool waits_for_copies(const Thread& thread) {
+  return thread.wait.kind == Wait::bulk || thread.wait.kind == Wait::cp_async;
+}
+
+bool is_waited_for(const Operation& operation) {
+  if (operation.warp)
+    return std::any_of(operation.warp->threads.begin(), operation.warp->threads.end(),
+                       [](Thread* t) { return t->wait.kind == Wait::wgmma; });
+  return operation.barrier ? !operation.barrier->waiting.empty() : waits_for_copies(*operation.thread);
+}
+
+}  // namespace
+
 void Machine::step(Operation& operation) {
   if (operation.done()) return;
   if (operation.warp) {  // the tensor cores do a warp's operations in order
@@ -453,11 +466,11 @@ void Machine::step(Operation& operation) {
     return;
   }
   auto next = std::move(operation.steps.front());
-  operation.steps.pop_front();
+  operation.steps.erase(operation.steps.begin());
   acting_ = operation.thread;
   next();
   acting_ = nullptr;
-  if (served_by(*operation.thread) == operation.thread) wake(operation.thread);
+  if (waits_for_copies(*operation.thread)) wake(operation.thread);
   if (operation.done()) std::erase_if(pending_, [&](auto& o) { return o->done(); });
 }
 
@@ -467,7 +480,7 @@ void Machine::finish(Operation& operation, int steps_left) {
       auto first = operation.warp->in_order.front();
       operation.warp->in_order.pop_front();
       auto next = std::move(first->steps.front());
-      first->steps.pop_front();
+      first->steps.clear();
       next();
     }
     for (Thread* thread : operation.warp->threads)
@@ -478,38 +491,13 @@ void Machine::finish(Operation& operation, int steps_left) {
   while (static_cast<int>(operation.steps.size()) > steps_left) step(operation);
 }
 
-// What an operation is waited for through, and what a thread waits for.
-const void* Machine::serves(const Operation& operation) const {
-  if (operation.warp) return operation.warp;
-  return operation.barrier ? static_cast<const void*>(operation.barrier) : operation.thread;
-}
-
-const void* Machine::served_by(const Thread& thread) const {
-  switch (thread.wait.kind) {
-    case Wait::mbarrier:
-      return thread.wait.barrier;
-    case Wait::bulk:
-    case Wait::cp_async:
-      return &thread;
-    case Wait::wgmma:
-      return thread.warp;
-    default:
-      return nullptr;
-  }
-}
-
 // Nobody can run: something that somebody waits for happens, the latest that it can.
 void Machine::on_demand() {
-  std::unordered_set<const void*> waited_for;  // barriers, warps, and threads for their own copies
-  for (auto& block : blocks_)
-    for (auto& thread : block->threads)
-      if (!thread->done) waited_for.insert(served_by(*thread));
   std::vector<std::shared_ptr<Operation>> wanted;
   for (auto& operation : pending_)
-    if (waited_for.count(serves(*operation))) wanted.push_back(operation);
+    if (is_waited_for(*operation)) wanted.push_back(operation);
   if (wanted.empty()) deadlock();
-  auto chosen = wanted[random_() % wanted.size()];
-  step(*chosen);
+  step(*wanted[random_() % wanted.size()]);
 }
 
 void Machine::deadlock() {
@@ -583,6 +571,8 @@ void Machine::finish_cluster() {
              text("the block exits with %d of %d threads arrived at barrier %zu", named.arrived, named.expected, i),
              named.last);
     }
+    for (auto& warp : block->warps)
+      for (BankLine& line : warp->bank_lines) close(line);
     double end = 0;
     for (auto& thread : block->threads) {
       end = std::max(end, thread->time);
@@ -590,42 +580,56 @@ void Machine::finish_cluster() {
     }
     counts_.cycles += end;
   }
-  flush_banks();
 }
 
 // ---- bank conflicts ----
 
-// The lanes of a warp do not run in step here, so their n-th executions of a line are taken for one instruction.
 void Machine::count_banks(uint32_t address, int bytes, const Where& where) {
+  constexpr size_t most_open = 8192;  // a line that not all lanes ever come to is not followed further
   Thread& thread = self();
-  uint16_t line = site(where);
-  uint32_t turn = bank_turn_[{&thread, line}]++;
-  BankAccess& access = banks_[{thread.warp, line, turn}];
+  auto& lines = thread.warp->bank_lines;
+  size_t at = site(where);
+  if (lines.size() <= at) lines.resize(at + 1);
+  BankLine& line = lines[at];
+  if (line.accesses.size() == most_open) close(line);
+  uint32_t& execution = line.executions[thread.lane];
+  execution = std::max(execution, line.counted);
+  uint32_t i = execution++ - line.counted;
+  if (i == line.accesses.size()) {
+    line.accesses.emplace_back();
+    ++line.open;
+  }
+  BankAccess& access = line.accesses[i];
   access.present |= 1u << thread.lane;
   access.address[thread.lane] = address;
   access.bytes = bytes;
-  if (banks_.size() > 4096) flush_banks();
+  if (access.present == 0xffffffff && --line.open == 0) close(line);
 }
 
-void Machine::flush_banks() {
-  for (auto& [key, access] : banks_) {
-    // Words of one bank in one go; wider accesses are done by 16 or 8 lanes at a time.
-    int together = access.bytes >= 16 ? 8 : access.bytes == 8 ? 16 : 32;
-    for (int first = 0; first < lanes; first += together) {
-      std::map<int, std::vector<uint32_t>> rows;
-      for (int i = first; i < first + together; ++i) {
-        if (!(access.present >> i & 1)) continue;
-        for (uint32_t a = access.address[i] / 4; a <= (access.address[i] + access.bytes - 1) / 4; ++a) {
-          auto& bank = rows[a % 32];
-          if (std::find(bank.begin(), bank.end(), a) == bank.end()) bank.push_back(a);
-        }
+void Machine::close(BankLine& line) {
+  for (const BankAccess& access : line.accesses) count_banks(access);
+  line.counted += line.accesses.size();
+  line.accesses.clear();
+  line.open = 0;
+}
+
+void Machine::count_banks(const BankAccess& access) {
+  constexpr int banks = 32;
+  // Words of one bank in one go; wider accesses are done by 16 or 8 lanes at a time.
+  int together = access.bytes >= 16 ? 8 : access.bytes == 8 ? 16 : 32;
+  for (int first = 0; first < lanes; first += together) {
+    std::array<std::array<uint32_t, lanes>, banks> words;  // that are wanted of each bank
+    std::array<int, banks> wanted{};
+    for (int i = first; i < first + together; ++i) {
+      if (!(access.present >> i & 1)) continue;
+      for (uint32_t a = access.address[i] / 4; a <= (access.address[i] + access.bytes - 1) / 4; ++a) {
+        auto begin = words[a % banks].begin(), end = begin + wanted[a % banks];
+        if (std::find(begin, end, a) == end) *end = a, ++wanted[a % banks];
       }
-      size_t most = 0;
-      for (auto& [bank, list] : rows) most = std::max(most, list.size());
-      if (most) counts_.shared_accesses += 1, counts_.bank_conflicts += most - 1;
     }
+    int most = *std::max_element(wanted.begin(), wanted.end());
+    if (most) counts_.shared_accesses += 1, counts_.bank_conflicts += most - 1;
   }
-  banks_.clear();
 }
 
 void Machine::count_matrix_banks(const Collective& c, int matrices) {

@@ -92,7 +92,7 @@ struct Thread {
   std::unordered_map<Mbarrier*, int64_t> observed;  // last phase waited for, -1 the one before the first
   // cp.async.bulk stores and cp.async copies: not yet in a group, and the groups
   std::vector<std::shared_ptr<Operation>> bulk, copies;
-  std::deque<std::vector<std::shared_ptr<Operation>>> bulk_groups, copy_groups;
+  std::vector<std::vector<std::shared_ptr<Operation>>> bulk_groups, copy_groups;
 };
 
 // An asynchronous operation. Its steps happen one after the other, each at a moment of the simulator's choice.
@@ -104,7 +104,7 @@ struct Operation {
   const Accumulator* accumulator = nullptr;
   Where where;
   const char* what;
-  std::deque<std::function<void()>> steps;
+  std::vector<std::function<void()>> steps;
   bool published = false;    // of cp.async: through an mbarrier
   int steps_after_read = 0;  // left when the source may be written again
   bool read_awaited = false;
@@ -139,6 +139,37 @@ struct Collective {
   uint64_t generation = 0;
 };
 
+// What the last lane to come does. It refers to a callable, where std::function would allocate one for every lane.
+class Act {
+ public:
+  template <typename F>
+  Act(F&& f)
+      : callable_(&f),
+        call_([](void* f, Warp& w, Collective& c) { (*static_cast<std::remove_reference_t<F>*>(f))(w, c); }) {}
+  void operator()(Warp& warp, Collective& c) const { call_(callable_, warp, c); }
+
+ private:
+  void* callable_;
+  void (*call_)(void*, Warp&, Collective&);
+};
+
+// ---- bank conflicts ----
+
+// Addresses that the lanes of a warp give to one execution of one instruction.
+struct BankAccess {
+  uint32_t present = 0;
+  int bytes;
+  std::array<uint32_t, lanes> address;
+};
+
+// A line's executions by one warp. Its lanes do not run in step here: the n-th of each are taken for one instruction.
+struct BankLine {
+  std::array<uint32_t, lanes> executions{};
+  uint32_t counted = 0;              // instructions
+  uint32_t open = 0;                 // of `accesses`: those that not all lanes have come to
+  std::vector<BankAccess> accesses;  // after those
+};
+
 struct Warp {
   Block* block;
   int index;  // in the cluster
@@ -150,6 +181,7 @@ struct Warp {
   std::deque<std::shared_ptr<Operation>> in_order;              // wgmmas, as the tensor cores will do them
   std::map<float*, std::shared_ptr<Accumulator>> accumulators;  // by lane 0's registers
   std::vector<Fragment> fragments;
+  std::vector<BankLine> bank_lines;  // by site
   double operations_end = 0;
   size_t issued = 0;  // wgmmas, to compare with the other warps of the group
   int priority = 0, registers = 0;
@@ -209,13 +241,6 @@ struct Counts {
   std::vector<uint64_t> seeds;
 };
 
-// Addresses that the lanes of a warp give to one execution of one instruction.
-struct BankAccess {
-  uint32_t present = 0;
-  std::array<uint32_t, lanes> address;
-  int bytes;
-};
-
 // ---- the launch ----
 
 struct Failed {};
@@ -233,9 +258,8 @@ class Machine {
   void block_on(Wait wait, const Where& where);
   void wake(Thread* thread) { thread->ready = true; }
 
-  // The action of the last lane to come; `act` sees what all lanes brought.
-  void collective(const char* what, const Where& where, uint64_t in, void* pointer,
-                  const std::function<void(Warp&, Collective&)>& act);
+  // `act` sees what all lanes brought.
+  void collective(const char* what, const Where& where, uint64_t in, void* pointer, Act act);
   uint64_t collective_result() { return current_->warp->collective.out[current_->lane]; }
   Clock join_lanes(Warp& warp);      // what all of them know, before the release that this is
   void release(Thread& thread);      // ends its epoch
@@ -297,12 +321,11 @@ class Machine {
   void make_block(int index, int rank);
   void resume(Thread& thread);
   void on_demand();
-  const void* serves(const Operation& operation) const;
-  const void* served_by(const Thread& thread) const;
   void finish_cluster();
   void mismatch_at_exit(Thread& thread);
   [[noreturn]] void deadlock();
-  void flush_banks();
+  void count_banks(const BankAccess& access);
+  void close(BankLine& line);
   static void enter();
 
   const void* params_;
@@ -314,8 +337,6 @@ class Machine {
   std::vector<std::shared_ptr<Operation>> pending_;
   std::map<std::pair<const char*, uint32_t>, uint16_t> site_of_;
   std::vector<Where> sites_;
-  std::map<std::tuple<Warp*, uint16_t, uint32_t>, BankAccess> banks_;
-  std::map<std::tuple<Thread*, uint16_t>, uint32_t> bank_turn_;
 };
 
 Machine& machine();

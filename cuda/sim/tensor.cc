@@ -144,7 +144,9 @@ void wgmma(Format format, int n, float* d, const uint32_t* a_fragment, uint64_t 
 
     // Shared memory is read from now on, at any moment.
     int k = format == Format::e4m3 ? 32 : 16;
-    std::vector<uint32_t> a_pieces, b_pieces;
+    auto o = std::make_shared<Operation>();
+    auto& pieces = o->pieces;  // of A, if it lies there, then of B
+    pieces.reserve(2 * (16 + std::max(k, n)));
     auto matrix_of = [&](uint64_t descriptor, bool transposed) {
       Matrix matrix(descriptor, where);
       if (transposed && matrix.width == 16) fail(where, "an MN-major matrix without a swizzle is not modelled");
@@ -154,24 +156,23 @@ void wgmma(Format format, int n, float* d, const uint32_t* a_fragment, uint64_t 
       Matrix matrix = matrix_of(first.a, transposed_a);
       for (int r = 0; r < 16; ++r)
         for (int piece = 0; piece < 2; ++piece)
-          a_pieces.push_back(transposed_a ? matrix.transposed_piece(r, 2 * in_group + piece)
-                                          : matrix.piece(16 * in_group + r, piece));
+          pieces.push_back(transposed_a ? matrix.transposed_piece(r, 2 * in_group + piece)
+                                        : matrix.piece(16 * in_group + r, piece));
     }
     Matrix matrix = matrix_of(first.b, transposed_b);
     if (transposed_b) {
       for (int r = 0; r < k; ++r)
-        for (int j = 0; j < n / 8; ++j) b_pieces.push_back(matrix.transposed_piece(r, j));
+        for (int j = 0; j < n / 8; ++j) pieces.push_back(matrix.transposed_piece(r, j));
     } else {
       for (int r = 0; r < n; ++r)
-        for (int piece = 0; piece < 2; ++piece) b_pieces.push_back(matrix.piece(r, piece));
+        for (int piece = 0; piece < 2; ++piece) pieces.push_back(matrix.piece(r, piece));
     }
     uint16_t line = m.site(where);
-    for (auto* pieces : {&a_pieces, &b_pieces})
-      for (uint32_t piece : *pieces) {
-        m.at(block, piece, 16, 16, "wgmma", where);
-        m.check_read(block, piece, 16, *warp.threads[0], true, "wgmma", where);
-        m.add_readers(block, piece, 16, 1, line);
-      }
+    for (uint32_t piece : pieces) {
+      m.at(block, piece, 16, 16, "wgmma", where);
+      m.check_read(block, piece, 16, *warp.threads[0], true, "wgmma", where);
+      m.add_readers(block, piece, 16, 1, line);
+    }
 
     // The accumulators go into a shadow; whoever uses the registers now finds NaNs.
     auto& accumulator = warp.accumulators[first.d];
@@ -192,7 +193,6 @@ void wgmma(Format format, int n, float* d, const uint32_t* a_fragment, uint64_t 
     m.check_registers(*accumulator, where);
     ++accumulator->pending;
 
-    auto o = std::make_shared<Operation>();
     o->mode = m.mode(true);
     o->thread = warp.threads[0];
     o->warp = &warp;
@@ -220,25 +220,26 @@ void wgmma(Format format, int n, float* d, const uint32_t* a_fragment, uint64_t 
       warp.fragments.push_back(std::move(kept));
     }
     bool adds = first.accumulate;
-    o->steps.push_back([=, &m, &block] {
+    o->steps.push_back([=, &m, &block, &pieces, fragment = std::move(fragment)] {
       float left[16 * most_k], right[most_k * most_n];
-      auto bytes = [&](uint32_t address) { return block.shared + (address - shared_base); };
+      auto piece = pieces.begin();
+      auto next = [&] { return block.shared + (*piece++ - shared_base); };
       if (fragment.empty()) {
         for (int i = 0; i < 32; ++i) {
           if (transposed_a)
-            decode(format, bytes(a_pieces[i]), left + i % 2 * 8 * k + i / 2, k);
+            decode(format, next(), left + i % 2 * 8 * k + i / 2, k);
           else
-            decode(format, bytes(a_pieces[i]), left + i / 2 * k + i % 2 * (k / 2), 1);
+            decode(format, next(), left + i / 2 * k + i % 2 * (k / 2), 1);
         }
       } else {
         std::copy(fragment.begin(), fragment.end(), left);
       }
-      for (size_t i = 0; i < b_pieces.size(); ++i) {
+      for (int i = 0; piece != pieces.end(); ++i) {
         if (transposed_b) {
           int per_row = n / 8;
-          decode(format, bytes(b_pieces[i]), right + i / per_row * n + i % per_row * 8, 1);
+          decode(format, next(), right + i / per_row * n + i % per_row * 8, 1);
         } else {
-          decode(format, bytes(b_pieces[i]), right + i % 2 * (k / 2) * n + i / 2, n);
+          decode(format, next(), right + i % 2 * (k / 2) * n + i / 2, n);
         }
       }
       float* values = accumulator->values.data();
@@ -247,8 +248,7 @@ void wgmma(Format format, int n, float* d, const uint32_t* a_fragment, uint64_t 
         multiply_as_hardware(left, right, values, n, k);
       else
         multiply(left, right, values, n, k);
-      for (auto* pieces : {&a_pieces, &b_pieces})
-        for (uint32_t piece : *pieces) m.add_readers(block, piece, 16, -1, line);
+      for (uint32_t address : pieces) m.add_readers(block, address, 16, -1, line);
       --accumulator->pending;
     });
     // The model of speed: 64 rows of n columns take n / 2 cycles, a quarter of them on each of the four tensor cores.
@@ -257,8 +257,6 @@ void wgmma(Format format, int n, float* d, const uint32_t* a_fragment, uint64_t 
     warp.operations_end = free + latency_cycles;
     if (in_group == 0) group.tensor += n / 2.0;
 
-    o->pieces = a_pieces;
-    o->pieces.insert(o->pieces.end(), b_pieces.begin(), b_pieces.end());
     warp.open_group.push_back(o);
     warp.in_order.push_back(o);
     m.start(o);

@@ -1370,7 +1370,8 @@ struct Counted : Kernel<32> {
     syncwarp();
     store_shared(tile + 4 * lane, load_global<uint32_t>(p.in, lane));
     syncwarp();
-    store_shared(tile + 8 * lane, 0u);
+    for (int i = 0; i < 5000; ++i) store_shared(tile + 8 * lane, 0u);  // each lane all of them before the next lane
+    for (int i = 0; lane == 0 && i < 10000; ++i) store_shared(tile, 0u);
     store_global(p.out, lane, 1u);
   }
 };
@@ -1380,7 +1381,7 @@ void counts() {
   outputs<Counted>(random_words(32), 32);
   std::string counted = sim::statistics();
   for (const char* part : {"\"launches\": 1,", "\"least_bytes\": 256,", "\"moved_bytes\": 384,",
-                           "\"shared_accesses\": 3,", "\"bank_conflicts\": 32,"})
+                           "\"shared_accesses\": 15002,", "\"bank_conflicts\": 5031,"})
     require(counted.find(part) != std::string::npos, text("%s is not in %s", part, counted.c_str()));
 }
 #endif
