@@ -10,11 +10,14 @@ import functools
 import math
 import os
 import pathlib
+import platform
 import types
 
 # Most of the suite's time is XLA's compiler: what one test has compiled, the other worker, processes that tests start,
-# the second part, the run under sanitizers and the next run read. Before JAX is imported, which reads these.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
+# the second part, the run under sanitizers and the next run read; on one machine, as another may lack its instructions.
+# Before JAX is imported, which reads these.
+CACHE = pathlib.Path(__file__).parents[1] / ".jax_cache" / platform.node()
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
