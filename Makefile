@@ -19,8 +19,10 @@ demo: install
 test: lint
 	$(RUN) -m pytest -n 2 -m "not slow"
 
+# What compares times has the machine to itself.
 test-slow: install
-	$(RUN) -m pytest -n 2 -m slow
+	$(RUN) -m pytest -n 2 -m "slow and not alone"
+	$(RUN) -m pytest -m alone
 
 # The kernels built with AddressSanitizer and UndefinedBehaviorSanitizer, under the tests that reach their corners.
 sanitize: install
