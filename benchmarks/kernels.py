@@ -301,7 +301,7 @@ QUANTIZED = (150, 656)
 TOKENS = (20, 0, 129)
 
 # Queries, heads, keys in a page, lengths, num_splits: several pieces a block, rows that share keys, an empty request.
-DECODED = [(1, 128, 64, (700, 0, 130), None), (2, 40, 16, (300, 65), 3)]
+DECODED = [(1, 128, 64, (700, 0, 130), None), (2, 20, 16, (300, 65), 3)]
 PREFILLED = [(2, 300, 2, 192), (1, 520, 1, 128)]  # sequences, tokens, heads, width of a key
 APPENDED = (4, 16, 64)  # requests, their new tokens, keys in a page
 MERGED = (3, 50, 512)

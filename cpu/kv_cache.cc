@@ -43,7 +43,7 @@ void pack(const T* from, uint8_t* to, int64_t latent, int64_t width) {
     u32v largest = {};
     for_each_register(begin, end,
                       [&](int64_t i, int64_t lanes) { largest = larger(largest, load_lanes(from + i, lanes)); });
-    float scale = scale_of(largest_of(largest), false);
+    float scale = scale_of(largest_of(largest), true);
     std::memcpy(scales + block * sizeof(scale), &scale, sizeof(scale));
     if (scale != scale) {  // one code for NaN, whatever its sign was
       std::memset(to + begin, 0x7f, end - begin);

@@ -24,10 +24,27 @@ struct Position {
   }
 };
 
-// One arrival for the whole warp, when all its lanes are done.
+// One arrival for the whole warp, when all its lanes are done; in every block of the cluster, which may copy to where
+// this one has read.
+template <int cluster = 1>
 DEVICE void release(Barrier& barrier) {
   syncwarp();
-  if (lane_index() == 0) mbarrier_arrive(barrier);
+  if constexpr (cluster == 1) {
+    if (lane_index() == 0) mbarrier_arrive(barrier);
+  } else {
+    if (lane_index() < cluster) mbarrier_arrive_cluster(barrier, lane_index());
+  }
+}
+
+// Before a block uses the barriers of others of its cluster, and before it leaves while these may use its own.
+template <int cluster>
+DEVICE void sync_cluster(int threads) {
+  if constexpr (cluster > 1) {
+    barrier_cluster_arrive();
+    barrier_cluster_wait();
+  } else {
+    bar_sync(0, threads);
+  }
 }
 
 }  // namespace jaxkern::cuda::kernels

@@ -90,8 +90,9 @@ def pack(rows: jax.Array, *, latent_dim: int = 512) -> jax.Array:
 
     Shapes and dtypes: rows float32, bfloat16 or float16 [..., d], the first latent_dim of d numbers being the latent ->
         uint8 [..., row_bytes(latent_dim, d - latent_dim)].
-    Units: scale = max(amax, 1e-4) / 448 of each 128 numbers of the latent, fewer at its end; a block that holds a NaN
-        or an infinity becomes NaN, scale and all, as in `jaxkern.quantize`.
+    Units: scale = max(amax, 1e-4) / 448 of each 128 numbers of the latent, fewer at its end, rounded up to a power of
+        two, which kernels that hold it as bfloat16 or ue8m0 take as it is; a block that holds a NaN or an infinity
+        becomes NaN, scale and all, as in `jaxkern.quantize`.
     Sharding: any, but along d.
     Gradient: none.
     Implementations: plain JAX.

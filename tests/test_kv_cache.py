@@ -39,7 +39,8 @@ def pack_loop(row, latent):
     values, scales = b"", b""
     for begin in range(0, latent, 128):
         block = row[begin : min(begin + 128, latent)]
-        scale = np.maximum(np.abs(block).max(), np.float32(1e-4)) / np.float32(448)
+        mantissa, exponent = np.frexp(np.maximum(np.abs(block).max(), np.float32(1e-4)) / np.float32(448))
+        scale = np.ldexp(np.float32(1), exponent - (mantissa == 0.5))  # a power of two, not below
         values += (block / scale).astype(E4M3).tobytes()
         scales += struct.pack("<f", scale)
     return np.frombuffer(values + scales + row[latent:].astype(BFLOAT16).tobytes(), np.uint8)
@@ -74,8 +75,8 @@ def test_the_row_of_flashmla():
     row = np.zeros(576, np.float32)
     row[0], row[200], row[511], row[512], row[575] = 448, -896, 1, 1.5, -2
     packed = np.asarray(kv_cache.pack(row))
-    assert packed[:512].view(E4M3)[[0, 200, 511]].tolist() == [448, -448, 448]
-    np.testing.assert_array_equal(packed[512:528].view("<f4"), np.float32([1, 2, 1e-4 / 448, 1 / 448]))
+    assert packed[:512].view(E4M3)[[0, 200, 511]].tolist() == [448, -448, 256]
+    np.testing.assert_array_equal(packed[512:528].view("<f4"), np.float32([1, 2, 2.0**-22, 2.0**-8]))
     assert packed[528:].view(BFLOAT16)[[0, 63]].tolist() == [1.5, -2]
 
 

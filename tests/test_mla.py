@@ -58,13 +58,16 @@ def decode_by_hand(
     return out, lse
 
 
-def packed(rows, latent, factor=1.0):
+def packed(rows, latent, factor=1.0, power_of_two=False):
     """Rows of a packed cache, byte by byte; their scales are `factor` times as large as they must be."""
     rows = np.asarray(rows, np.float32)
     *lead, width = rows.shape
     parts = []
     scales = np.stack([np.abs(rows[..., k : min(k + 128, latent)]).max(-1) for k in range(0, latent, 128)], axis=-1)
-    scales = (np.maximum(scales, 1e-4) / 448 * factor).astype(np.float32)
+    scales = (np.maximum(scales, np.float32(1e-4)) / np.float32(448) * factor).astype(np.float32)
+    if power_of_two:
+        mantissas, exponents = np.frexp(scales)
+        scales = np.ldexp(np.float32(1), exponents - (mantissas == 0.5))
     parts.append((rows[..., :latent] / scales.repeat(128, -1)[..., :latent]).astype(E4M3))
     parts += [scales, rows[..., latent:].astype(BF16)]
     return np.concatenate([np.ascontiguousarray(x).view(np.uint8).reshape(*lead, -1) for x in parts], axis=-1)
@@ -195,12 +198,12 @@ def test_decode_as_flash_mla_tests_it(case, implementation):
 
 
 def test_decode_of_packed_rows_that_pack_rows_wrote():
-    """The layout of the writer is that of the reader, also where FlashMLA's scales are powers of two."""
+    """The layout of the writer is that of the reader; the writer's scales are powers of two, as FlashMLA's."""
     q, cache, table, seq_lens = paged(12, 2, 1, 5, 16, 200, [40, 33], q_dtype=BF16)
     cache = np.nan_to_num(cache)
     rows = reference.pack_rows(jnp.asarray(cache), 136)
     assert rows.shape[-1] == reference.row_bytes(136, 64) == 136 + 2 * 4 + 64 * 2
-    np.testing.assert_array_equal(rows, packed(cache, 136))
+    np.testing.assert_array_equal(rows, packed(cache, 136, power_of_two=True))
     np.testing.assert_array_equal(
         reference.unpack_rows(rows, 136, 64, jnp.float32), unpacked(np.asarray(rows), 136, 200).astype(np.float32)
     )

@@ -100,7 +100,9 @@ def test_small_float16_weights_count():
     np.testing.assert_allclose(out[0, 0, 0, 1], small / (1 + small), rtol=0.02)
 
 
-PACKED = [*CASES, (1, 5, 7, [100, 3, 0]), (2, 2, 1, [70]), (1, 128, 100, [230, 500])]  # of pages of any size
+# Of pages of any size; and many pieces of one block of keys, of groups of rows that share them.
+PACKED = [*CASES, (1, 5, 7, [100, 3, 0]), (2, 2, 1, [70]), (1, 128, 100, [230, 500])]
+PACKED += [(1, 128, 64, [40, 64, 1, 0, 63, 20, 64, 30, 5, 9, 64, 2])]
 
 
 @pytest.mark.parametrize("num_splits", [None, 3])

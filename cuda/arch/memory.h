@@ -41,13 +41,13 @@ DEVICE uint32_t shared_address(const void* pointer) {
   SIM(return sim::shared_address(pointer);)
 }
 
-// mapa: the same variable in another block of the cluster. PTX 9.7.9.23.
-DEVICE uint32_t mapa(const void* pointer, int rank) {
-  PTX(uint32_t address;
-      asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(pointer)), "r"(rank));
-      return address;)
-  SIM(return sim::mapa(pointer, rank);)
+// mapa: the same place in another block of the cluster. PTX 9.7.9.23.
+DEVICE uint32_t mapa(uint32_t address, int rank) {
+  PTX(uint32_t other; asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(other) : "r"(address), "r"(rank));
+      return other;)
+  SIM(return sim::mapa(address, rank);)
 }
+DEVICE uint32_t mapa(const void* pointer, int rank) { return mapa(shared_address(pointer), rank); }
 
 // ld.shared, st.shared. PTX 9.7.9.8, 9.7.9.11. By address for tiles, by name for everything else.
 template <typename T>

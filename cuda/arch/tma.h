@@ -138,6 +138,15 @@ DEVICE void cp_async_bulk_store(Global<T> x, int64_t i, const void* source, uint
   SIM(sim::bulk_store(x.data, x.size * sizeof(T), i * sizeof(T), shared_address(source), bytes, where);)
 }
 
+// cp.async.bulk from this block's shared memory to the same place in another block of the cluster, where the bytes, a
+// multiple of 16, count on the barrier of that place. PTX 9.7.9.25.4.1.
+DEVICE void cp_async_bulk_cluster(uint32_t source, uint32_t bytes, Barrier& barrier, int rank AND_WHERE) {
+  PTX(asm volatile("cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                       mapa(source, rank)),
+                   "r"(source), "r"(bytes), "r"(mapa(&barrier, rank)) : "memory");)
+  SIM(sim::bulk_copy(mapa(source, rank), source, bytes, mapa(&barrier, rank), where);)
+}
+
 // cp.async.bulk.commit_group: makes a group of this thread's stores so far. PTX 9.7.9.25.6.1.
 DEVICE void bulk_commit_group(WHERE) {
   PTX(asm volatile("cp.async.bulk.commit_group;" :: : "memory");)

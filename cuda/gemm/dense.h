@@ -86,7 +86,7 @@ struct Dense {
       fence_mbarrier_init();
     }
     if (warp == 0) Schedule::prepare(p.schedule, s.schedule);
-    sync_all();
+    sync_cluster<cluster>(threads);
     if (warp >= math_groups * 4) {
       setmaxnreg_dec<40>();
       if (warp == math_groups * 4) {
@@ -99,20 +99,8 @@ struct Dense {
       setmaxnreg_inc<232>();
       multiply(p, s, warp / 4);
     }
-    if constexpr (cluster > 1) {  // nobody leaves while a neighbour may still arrive at its barriers
-      barrier_cluster_arrive();
-      barrier_cluster_wait();
-    }
-    if constexpr (starts_early) griddepcontrol_wait();  // who waits for this kernel waits for those before it
-  }
-
-  DEVICE static void sync_all() {
-    if constexpr (cluster > 1) {
-      barrier_cluster_arrive();
-      barrier_cluster_wait();
-    } else {
-      bar_sync(0, threads);
-    }
+    if constexpr (cluster > 1) sync_cluster<cluster>(threads);  // a neighbour may still arrive at this one's barriers
+    if constexpr (starts_early) griddepcontrol_wait();          // who waits for this kernel waits for those before it
   }
 
   DEVICE static void produce_tiles(const Params& p, Smem& s) {
@@ -279,7 +267,7 @@ struct Dense {
       int stage = now.index;
       if (slab == slabs - 1) prepare_next();
       wgmma_wait_group<0>(sums);
-      if (!b_rows && slab == slabs - 1) release(s.empty[stage]);
+      if (!b_rows && slab == slabs - 1) release<cluster>(s.empty[stage]);
       Pack<float, 2> columns;
 #pragma unroll
       for (int i = 0; i < tile_n / 2; ++i) {
@@ -290,7 +278,7 @@ struct Dense {
         }
         totals[slab][i] += scale * sums[i];
       }
-      if (b_rows && slab == slabs - 1) release(s.empty[stage]);
+      if (b_rows && slab == slabs - 1) release<cluster>(s.empty[stage]);
     }
   }
 
@@ -306,17 +294,7 @@ struct Dense {
       wgmma_wait_group<0>(totals[0]);
     else
       wgmma_wait_group<0>(totals[0], totals[1]);
-    release(s.empty[stage]);
-  }
-
-  // In every block that a copy of the next round into this stage may come from.
-  DEVICE static void release(Barrier& empty) {
-    if constexpr (cluster == 1) {
-      kernels::release(empty);
-    } else {
-      syncwarp();
-      if (lane_index() < cluster) mbarrier_arrive_cluster(empty, lane_index());
-    }
+    release<cluster>(s.empty[stage]);
   }
 
   // What k beyond the group's end holds is another's, or nobody's: it becomes zero in both operands. By all math

@@ -134,7 +134,7 @@ struct AppendRows {
   // A lane's part of a block: numbers i to i + 3 of the row.
   DEVICE static void pack_four(const Params& p, const Four<float>& four, int i, int64_t to, int64_t scale_to) {
     Words words = {four.word[0], four.word[1], four.word[2], four.word[3]};
-    float scale = scale_of<float>(max_of_lanes<float, warp_size>(max_magnitude<float>(0u, words)), false);
+    float scale = scale_of<float>(max_of_lanes<float, warp_size>(max_magnitude<float>(0u, words)), true);
     if (lane_index() == 0) store_global(p.cache, scale_to, scale);
     float reciprocal = rcp(scale), x[4];
 #pragma unroll

@@ -8,6 +8,9 @@
 //
 // Weights, and what their exponents are counted from, meet in shared memory. After FlashMLA's two warpgroups that share
 // one 64 x 512 result, with a chain of blocks of keys in place of its pairs.
+//
+// The two blocks of a cluster take two groups of rows of the same keys. Each brings or unpacks half of the latent for
+// both: FlashMLA's crossover, of whole requests.
 #pragma once
 
 #include <type_traits>
@@ -37,7 +40,7 @@ struct MlaParams {
   float scale_log2;  // softmax_scale * log2(e)
 };
 
-template <typename Format>
+template <typename Format, int cluster>
 struct MlaDecodeKernel {
   using Number = NumberOf<Format>;
   static constexpr bool starts_early = true;
@@ -47,12 +50,15 @@ struct MlaDecodeKernel {
   // Parts of a stage, for each of which a barrier says that it is full, and one that it is empty: the columns of the
   // latent that warpgroup 0 or 1 has in its half of the result, and the RoPE.
   static constexpr int parts = 3, rope = 2;
+  static constexpr bool sends = is_packed && cluster > 1;
   static constexpr int math_threads = 2 * warpgroup_size, threads = math_threads + warpgroup_size;
   static constexpr int registers = 168, copy_registers = is_packed ? 88 : 40, math_registers = is_packed ? 208 : 232;
   static_assert(copy_registers + 2 * math_registers <= 3 * registers);  // a block has no others
   static constexpr int tile_bytes = 64 * 128, half_keys = key_block / 2;
   static constexpr int columns = mla_latent / 2;  // of the result, for each warpgroup
-  static std::string name() { return std::string("MlaDecodeKernel<") + format_name<Format> + ">"; }
+  static std::string name() {
+    return std::string("MlaDecodeKernel<") + format_name<Format> + ", " + std::to_string(cluster) + ">";
+  }
 
   using Params = MlaParams<Format>;
 
@@ -63,6 +69,9 @@ struct MlaDecodeKernel {
     Shared<float> largest[2][mla_rows], total[2][mla_rows];  // of each warpgroup's blocks: see Rows
     Shared<uint32_t> exists[stages][2];                      // a bit a key
     Barrier full[stages][parts], empty[stages][parts], q_full, q_empty;
+    // The neighbour has all that this block sent it of a piece. Two, for the pieces by turns: after two more pieces the
+    // neighbour has freed the stage that this one ended in, and so seen the barrier.
+    Barrier received[2];
   };
 
   DEVICE static void run(const Params& p, Smem& s) {
@@ -72,13 +81,15 @@ struct MlaDecodeKernel {
       if constexpr (!is_packed) prefetch_tensormap(p.cache);
       for (int i = 0; i < stages * parts; ++i) {
         mbarrier_init(s.full[i / parts][i % parts], is_packed ? warpgroup_size / warp_size : 1);
-        mbarrier_init(s.empty[i / parts][i % parts], warpgroup_size / warp_size);
+        // The RoPE is each block's own.
+        mbarrier_init(s.empty[i / parts][i % parts], (i % parts == rope ? 1 : cluster) * warpgroup_size / warp_size);
       }
       mbarrier_init(s.q_full, 1);
       mbarrier_init(s.q_empty, math_threads / warp_size);
+      for (int i = 0; i < 2; ++i) mbarrier_init(s.received[i], 1);
       fence_mbarrier_init();
     }
-    bar_sync(0, threads);
+    sync_cluster<cluster>(threads);
     griddepcontrol_launch_dependents();
     griddepcontrol_wait();
     if (warp >= math_threads / warp_size) {
@@ -92,6 +103,7 @@ struct MlaDecodeKernel {
       setmaxnreg_inc<math_registers>();
       attend(p, s, warp / 4);
     }
+    if constexpr (cluster > 1) sync_cluster<cluster>(threads);  // a neighbour may still use this one's memory
   }
 
   struct Stage {
@@ -141,12 +153,18 @@ struct MlaDecodeKernel {
             store(s.exists[at.index][1], exists[1]);
           }
           mbarrier_arrive_expect_tx(s.full[at.index][part], (last - first) * tile_bytes);
+          bool both = cluster > 1 && part != rope;
+          if (both && part != cluster_rank()) continue;  // the neighbour's
           for (int tile = first; tile < last; ++tile)
 #pragma unroll
             for (int i = 0; i < key_block / 16; ++i) {
               if (i * p.box_rows >= key_block) break;
-              cp_async_bulk_tensor<2>(s.keys[at.index][tile].data + i * p.box_rows * 128, p.cache, {tile * 64, rows[i]},
-                                      s.full[at.index][part]);
+              void* to = s.keys[at.index][tile].data + i * p.box_rows * 128;
+              if (both)
+                cp_async_bulk_tensor_multicast<2>(to, p.cache, {tile * 64, rows[i]}, s.full[at.index][part],
+                                                  (1 << cluster) - 1);
+              else
+                cp_async_bulk_tensor<2>(to, p.cache, {tile * 64, rows[i]}, s.full[at.index][part]);
             }
         }
       }
@@ -161,22 +179,24 @@ struct MlaDecodeKernel {
 
   // ---- packed keys ----
   //
-  // A warp has 16 keys of a block, eight of each half. Lanes with bit 2 of their number set have odd ones of these, the
-  // others even ones: eight lanes that store together then have four chunks of 16 bytes, every other one, of each of
-  // two keys, and the swizzle spreads these over all banks. Registers are scarce: lanes have their keys such that
-  // shuffles need no operands but constants.
+  // A warp has eight keys of each half of a block, or of one where the neighbour has the other. Lanes with bit 2 of
+  // their number set have odd ones of these, the others even ones: eight lanes that store together then have four
+  // chunks of 16 bytes, every other one, of each of two keys, and the swizzle spreads these over all banks. Registers
+  // are scarce: lanes have their keys such that shuffles need no operands but constants.
 
   using Words = Pack<uint32_t, 4>;
+  static constexpr int own_halves = 2 / cluster;
+  static constexpr int sent_bytes = 8 * 128;  // of a warp's keys, in each tile
 
-  // The bytes of a half are loaded when all of the half before are unpacked, not as their registers become free:
-  // finding a block needs some of these, and ptxas would make an unpacking wait for loads of the next half that share a
-  // scoreboard with its own. Those of a block's first half are in flight while this waits for a stage, for longer than
-  // they take.
+  // The bytes of a half are loaded when all of the half before are unpacked, not as their registers become free: ptxas
+  // would make an unpacking wait for loads of the next half that share a scoreboard with its own. Those of a block's
+  // first half are in flight while this waits for a stage.
   DEVICE static void unpack(const Params& p, Smem& s, int warp) {
-    PackedBlocks blocks(p);
-    PackedKeys keys;
-    int slot = blocks.advance(p, warp);
-    load_packed(p, slot, 0, keys);
+    int lane = lane_index(), first_half = cluster > 1 ? cluster_rank() : 0;
+    PackedBlocks blocks(p, warp, first_half);
+    Columns columns[2];
+    int slot = blocks.advance(p);
+    load_packed(p, slot, 0, columns);
     Stage at;
     for (uint32_t q_phase = 0; blocks.any; at.advance()) {
       if (blocks.first_row >= 0) {
@@ -184,31 +204,56 @@ struct MlaDecodeKernel {
         syncwarp();
         q_phase ^= 1;
       }
-      for (int part = 0; part < parts; ++part) mbarrier_wait(s.empty[at.index][part], at.phase ^ 1);
-      int lane = lane_index();
       uint32_t tiles = shared_address(&s.keys[at.index]) + warp * 8 * 128;
-      uint32_t exists = ballot(shfl(slot, lane_of(lane / 8 % 2, lane % 8 / 2, lane % 2)) >= 0);  // in the keys' order
-      copy_rope(p, tiles, slot, 0);
-      copy_rope(p, tiles + half_keys * 128, slot, 1);
+      uint32_t exists = ballot(shfl(slot, lane_of(lane / 8 % 2 ^ first_half, lane % 8)) >= 0);  // of both halves
+      mbarrier_wait(s.empty[at.index][rope], at.phase ^ 1);
+      copy_rope(p, tiles + first_half * half_keys * 128, slot, 0);
+      copy_rope(p, tiles + (1 - first_half) * half_keys * 128, slot, 1);
       cp_async_commit_group();
+      if (lane < 2)
+        store_shared(shared_address(&s.exists[at.index][lane]) + warp, static_cast<uint8_t>(exists >> lane * 8));
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
+      for (int i = 0; i < own_halves; ++i) {
+        int half = first_half + i;
+        uint32_t own = tiles + half * half_keys * 128;
         uint8_t eight = exists >> half * 8;
-        if (lane == 0) store_shared(shared_address(&s.exists[at.index][half]) + warp, eight);
-        if (half == 1) load_packed(p, slot, 1, keys);
-        if (eight != 0xff) clear(eight, keys);
-        store_latent(tiles + half * half_keys * 128, keys);
+        if (i > 0) load_packed(p, slot, 1, columns);
+#pragma unroll
+        for (int part = 0; part < 2; ++part) {
+          if (i == 0) mbarrier_wait(s.empty[at.index][part], at.phase ^ 1);
+          if (eight != 0xff) clear(eight, columns[part]);
+          store_latent(own + part * 4 * tile_bytes, columns[part]);
+          if constexpr (sends) {
+            publish(s.full[at.index][part], part == 0);
+            if (lane < 4)
+              cp_async_bulk_cluster(own + (part * 4 + lane) * tile_bytes, sent_bytes, s.full[at.index][part],
+                                    1 - first_half);
+          }
+        }
       }
-      cp_async_wait_group<0>();
-      fence_proxy_async();
-      release(s.full[at.index][0]);
-      slot = blocks.advance(p, warp);
-      load_packed(p, slot, 0, keys);
+      if constexpr (!sends) {
+        publish(s.full[at.index][0], true);
+        if (lane == 0) mbarrier_arrive(s.full[at.index][1]);
+      }
+      slot = blocks.advance(p);
+      load_packed(p, slot, 0, columns);
     }
   }
 
-  // The lane, of those with bit 1 clear, that knows where key 2 i + j of a half lies.
-  DEVICE static int lane_of(int half, int i, int j) { return i % 2 | j << 2 | half << 3 | i / 2 << 4; }
+  // That this warp has stored what belongs to a part; and that as much comes from the neighbour's, if it sends.
+  DEVICE static void publish(Barrier& full, bool with_rope) {
+    if (with_rope) cp_async_wait_group<0>();
+    fence_proxy_async();
+    syncwarp();
+    if (lane_index() != 0) return;
+    if constexpr (sends)
+      mbarrier_arrive_expect_tx(full, latent_tiles / 2 * sent_bytes);
+    else
+      mbarrier_arrive(full);
+  }
+
+  // The lane, of those with bit 1 clear, that knows where a key lies; `half` counts from this block's own.
+  DEVICE static int lane_of(int half, int key) { return key / 2 % 2 | key % 2 << 2 | half << 3 | key / 4 << 4; }
 
   // The blocks of keys of all pieces, one after the other.
   struct PackedBlocks {
@@ -217,11 +262,15 @@ struct MlaDecodeKernel {
     int block = 0, end = 0;
     bool any = true;  // it is not beyond the last
     int first_row;    // of q, if a piece begins here; else -1
+    int key;          // this lane's, of a block
 
-    DEVICE PackedBlocks(const Params& p) : walk(p.sizes) {}
+    DEVICE PackedBlocks(const Params& p, int warp, int first_half) : walk(p.sizes) {
+      int lane = lane_index();
+      key = (lane / 8 % 2 ^ first_half) * half_keys + warp * 8 + lane / 16 * 4 + lane % 2 * 2 + lane / 4 % 2;
+    }
 
     // To the next one: where this lane's key lies, as a row of the cache; -1: there is none.
-    DEVICE int advance(const Params& p, int warp) {
+    DEVICE int advance(const Params& p) {
       first_row = -1;
       if (++block >= end) {
         any = walk.next(piece);
@@ -230,68 +279,71 @@ struct MlaDecodeKernel {
         end = end_of(piece);
         first_row = piece.request * p.sizes.rows + piece.group * mla_rows;
       }
-      int lane = lane_index(), i = lane % 2 + lane / 16 * 2, j = lane / 4 % 2, half = lane / 8 % 2;
-      int token = block * key_block + half * half_keys + warp * 8 + 2 * i + j;
+      return find(p, block);
+    }
+
+    DEVICE int find(const Params& p, int block) {
+      int token = block * key_block + key;
       if (token >= piece.length) return -1;
       int page = load_global<int32_t>(p.block_table, int64_t(piece.request) * p.table_pages + token / p.page);
       return page >= 0 && page < p.pages ? page * p.page + token % p.page : -1;
     }
   };
 
-  // Of eight keys: of key 2 i + bit 2, for each i, two times 16 numbers of the latent; and a scale of the key
-  // 2 (bits 0, 1) + bit 2.
-  struct PackedKeys {
-    Words latent[4][2];
+  // Of eight keys of a half, the columns of one part: of key 2 i + bit 2, for each i, 16 numbers; and a scale of the
+  // key 2 (bits 0, 1) + bit 2.
+  struct Columns {
+    Words latent[4];
     float scale;
   };
 
   // For a key that is none, the first row.
-  DEVICE static void load_packed(const Params& p, int slot, int half, PackedKeys& keys) {
+  DEVICE static void load_packed(const Params& p, int slot, int half, Columns (&columns)[2]) {
     slot = slot < 0 ? 0 : slot;
     int lane = lane_index();
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      int row = shfl_within<0b00100>(slot, lane_of(half, i, 0));
+      int row = shfl_within<0b00100>(slot, lane_of(half, 2 * i));
       int64_t from = int64_t(row) * mla_packed_bytes + (lane / 8 * 4 + lane % 4) * 16;
 #pragma unroll
-      for (int j = 0; j < 2; ++j) keys.latent[i][j] = load_global<Words>(p.packed, from + j * 256);
+      for (int part = 0; part < 2; ++part) columns[part].latent[i] = load_global<Words>(p.packed, from + part * 256);
     }
-    int row = shfl(slot, lane_of(half, lane % 4, lane / 4 % 2));
-    int64_t from = int64_t(row) * mla_packed_bytes + mla_latent + (lane / 8 % 2 * 2 + lane / 16) * 4;
-    keys.scale = load_global<float>(p.packed, from);
+    int row = shfl(slot, lane_of(half, lane % 4 * 2 + lane / 4 % 2));
+    int64_t from = int64_t(row) * mla_packed_bytes + mla_latent + lane / 16 * 4;
+#pragma unroll
+    for (int part = 0; part < 2; ++part) columns[part].scale = load_global<float>(p.packed, from + part * 8);
   }
 
   // Keys that are none; `exists` has a bit a key.
-  DEVICE static void clear(uint32_t exists, PackedKeys& keys) {
+  DEVICE static void clear(uint32_t exists, Columns& columns) {
     int lane = lane_index(), parity = lane / 4 % 2;
-    if (!(exists >> (lane % 4 * 2 + parity) & 1)) keys.scale = 0;
+    if (!(exists >> (lane % 4 * 2 + parity) & 1)) columns.scale = 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      if (!(exists >> (i * 2 + parity) & 1)) keys.latent[i][0] = keys.latent[i][1] = {};
+      if (!(exists >> (i * 2 + parity) & 1)) columns.latent[i] = {};
   }
 
-  // Each number rounded once, to bfloat16: what kv_cache.unpack makes of it. `tiles` is where the eight keys begin.
-  DEVICE static void store_latent(uint32_t tiles, const PackedKeys& keys) {
+  // Each number rounded once, to bfloat16: what kv_cache.unpack makes of it. `tiles` is where the eight keys begin, in
+  // the first of four tiles.
+  DEVICE static void store_latent(uint32_t tiles, const Columns& columns) {
     int lane = lane_index(), parity = lane / 4 % 2;
     uint32_t own = tiles + lane / 8 * tile_bytes + parity * 128 + (lane % 4 * 2 ^ parity) * 16;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 4; ++i) {
+      float scale = shfl_within<0b10100>(columns.scale, i);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        float scale = shfl_within<0b10100>(keys.scale, i | j << 3);
+      for (int k = 0; k < 2; ++k) {
+        Words numbers;
 #pragma unroll
-        for (int k = 0; k < 2; ++k) {
-          Words numbers;
-#pragma unroll
-          for (int n = 0; n < 4; ++n) {
-            uint32_t codes = keys.latent[i][j].item[2 * k + n / 2] >> n % 2 * 16;
-            uint32_t pair = cvt_f16x2_e4m3x2(static_cast<uint16_t>(codes));
-            numbers.item[n] = cvt_bf16x2(to_float(float16{static_cast<uint16_t>(pair)}) * scale,
-                                         to_float(float16{static_cast<uint16_t>(pair >> 16)}) * scale);
-          }
-          store_shared((own ^ (2 * i + k) * 16) + j * 4 * tile_bytes + 2 * i * 128, numbers);
+        for (int n = 0; n < 4; ++n) {
+          uint32_t codes = columns.latent[i].item[2 * k + n / 2] >> n % 2 * 16;
+          uint32_t pair = cvt_f16x2_e4m3x2(static_cast<uint16_t>(codes));
+          numbers.item[n] = cvt_bf16x2(to_float(float16{static_cast<uint16_t>(pair)}) * scale,
+                                       to_float(float16{static_cast<uint16_t>(pair >> 16)}) * scale);
         }
+        store_shared((own ^ (2 * i + k) * 16) + 2 * i * 128, numbers);
       }
+    }
   }
 
   // What lies behind the latent stays as it is.
@@ -301,7 +353,7 @@ struct MlaDecodeKernel {
     uint32_t own = tiles + latent_tiles * tile_bytes + key * 128 + (chunk ^ key) * 16;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      int row = shfl_within<0b10100>(slot, lane_of(half, i, 0));
+      int row = shfl_within<0b10100>(slot, lane_of(half, 2 * i));
       cp_async<16>((own ^ 2 * i * 16) + 2 * i * 128, p.packed, int64_t(row) * mla_packed_bytes + rope + chunk * 16,
                    row >= 0);
     }
@@ -335,12 +387,12 @@ struct MlaDecodeKernel {
     Piece piece;
     uint32_t phase = 0;  // of this warpgroup's stage
     int stage = 0;       // of the piece's first block
-    for (uint32_t q_phase = 0; walk.next(piece); q_phase ^= 1) {
+    for (uint32_t pieces = 0; walk.next(piece); ++pieces) {
       float result[columns / 2];
       Rows rows(p, piece);
 #pragma unroll
       for (int i = 0; i < columns / 2; ++i) result[i] = 0;
-      mbarrier_wait(s.q_full, q_phase);
+      mbarrier_wait(s.q_full, pieces % 2);
       Queries q;
       keep_queries(s, q);
       int end = end_of(piece), own = piece.first + (stage != half);
@@ -349,17 +401,17 @@ struct MlaDecodeKernel {
         own += 2;
       }
       for (; own < end; own += 2) {
-        if (own > piece.first + 1) release(s.empty[half][half]);
+        if (own > piece.first + 1) release<cluster>(s.empty[half][half]);
         attend_block<true>(p, s, half, phase, own, q, rows, result);
       }
       if (own == end) {
-        if (own > piece.first + 1) release(s.empty[half][half]);
+        if (own > piece.first + 1) release<cluster>(s.empty[half][half]);
         add_other_values(s, half, rows, result);
         wgmma_wait_group<0>(result);
       }
       stage ^= (end - piece.first) % 2;
       release(s.q_empty);
-      finish(p, s, piece, half, 1 - stage, rows, result);
+      finish(p, s, piece, half, 1 - stage, pieces, rows, result);
     }
   }
 
@@ -374,7 +426,7 @@ struct MlaDecodeKernel {
     phase ^= 1;
     if constexpr (follows) {
       wgmma_wait_group<1>(result);
-      release(s.empty[1 - half][half]);
+      release<cluster>(s.empty[1 - half][half]);
     }
     wgmma_wait_group<0>(logits);
     uint32_t exists[2] = {load(s.exists[half][0]), load(s.exists[half][1])};
@@ -423,7 +475,7 @@ struct MlaDecodeKernel {
 #pragma unroll
     for (int i = 0; i < width_tiles; ++i) {
       int tile = i == 0 ? latent_tiles : i - 1;
-      if (!is_packed && i % 4 == 1) {
+      if (i == 5 || (i == 1 && !is_packed)) {  // packed keys' RoPE comes with part 0
         mbarrier_wait(s.full[stage][tile / 4], phase);
         wgmma_fence(logits);
       }
@@ -508,14 +560,15 @@ struct MlaDecodeKernel {
   }
 
   // The result, by way of the last block's values, whose place is freed.
-  DEVICE static void finish(const Params& p, Smem& s, const Piece& piece, int half, int stage, const Rows& rows,
-                            const float (&result)[columns / 2]) {
+  DEVICE static void finish(const Params& p, Smem& s, const Piece& piece, int half, int stage, uint32_t pieces,
+                            const Rows& rows, const float (&result)[columns / 2]) {
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       float sum = sum_of_quad(rows.total[j]);
       if (lane_index() % 4 == 0) store(s.total[half][fragment_row(2 * j)], sum);
     }
     bar_sync(3, math_threads);  // all have read the values, too
+    if (sends && thread_index() == 0) mbarrier_arrive_cluster(s.received[pieces % 2], 1 - cluster_rank());
     float inverse[2];
     int64_t to =
         piece.whole ? int64_t(piece.request) * p.sizes.rows + piece.group * mla_rows : int64_t(piece.slot) * mla_rows;
@@ -531,7 +584,8 @@ struct MlaDecodeKernel {
       else
         store_global(p.partial_lse, to + row, lse);
     }
-    bar_sync(3, math_threads);  // before the next piece's sums
+    bar_sync(3, math_threads);                                         // before the next piece's sums
+    if (sends) mbarrier_wait(s.received[pieces % 2], pieces / 2 % 2);  // what is overwritten has been sent
     // Of a warp, 16 rows of four tiles.
     constexpr int tiles = latent_tiles / 2;
     int lane = lane_index(), warp = thread_index() % warpgroup_size / warp_size, first = warp * 16;
@@ -580,7 +634,7 @@ struct MlaDecodeKernel {
         syncwarp();
       }
     }
-    release(s.empty[stage][half]);
+    release<cluster>(s.empty[stage][half]);
   }
 };
 

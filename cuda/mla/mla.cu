@@ -12,13 +12,14 @@ namespace {
 
 using namespace jaxkern::cuda::kernels;
 
-template <typename Format>
+template <typename Format, int cluster>
 Error decode(const MlaDecode& g, Stream stream) {
   using Number = NumberOf<Format>;
   int64_t rows = g.queries * g.heads, row_groups = ceil_div(rows, mla_rows);
   if (g.batch == 0 || rows == 0) return {};
   int parts = std::min(multiprocessors(), most_mla_parts);
   if (g.num_splits > 0) parts = std::min<int64_t>(parts, g.batch * row_groups * g.num_splits);
+  parts = std::max(parts - parts % cluster, cluster);
   int together = std::min<int64_t>(row_groups, parts), stretches = parts / together;
   int32_t *order = g.schedule, *starts = order + g.batch, *cuts = starts + g.batch + 1;
   MlaSizes sizes = {.seq_lens = {g.seq_lens, g.batch},
@@ -67,7 +68,7 @@ Error decode(const MlaDecode& g, Stream stream) {
                           {mla_latent * 4}, {32, 16}, swizzle);
   if (error.empty() && g.num_splits == 0)
     error = launch<MlaSchedule>(1, 1, {sizes, {order, g.batch}, {starts, g.batch + 1}, {cuts, stretches + 2}}, stream);
-  if (error.empty()) error = launch<MlaDecodeKernel<Format>>(parts, 1, p, stream);
+  if (error.empty()) error = launch<MlaDecodeKernel<Format, cluster>>(parts, cluster, p, stream);
   if (!error.empty() || g.num_splits == 1) return error;
   using Merge = MlaMergeKernel<Number>;
   typename Merge::Params merge = {.partial_out = {g.partial_out, slots * mla_rows * mla_latent},
@@ -81,15 +82,23 @@ Error decode(const MlaDecode& g, Stream stream) {
 }  // namespace
 
 Error mla_decode(const MlaDecode& g, Stream stream) {
-  if (g.packed) return decode<Packed>(g, stream);
-  return g.type == Float::float16 ? decode<float16>(g, stream) : decode<bfloat16>(g, stream);
+  // Groups of rows by twos, if none is left over.
+  bool twos = ceil_div(g.queries * g.heads, mla_rows) % 2 == 0;
+  auto decode_as = [&](auto format) {
+    using Format = decltype(format);
+    return twos ? decode<Format, 2>(g, stream) : decode<Format, 1>(g, stream);
+  };
+  if (g.packed) return decode_as(Packed{});
+  return g.type == Float::float16 ? decode_as(float16{}) : decode_as(bfloat16{});
 }
 
 Error prepare_mla_decode() {
   return once_per_device([] {
-    return first_error({prepare<MlaSchedule>(), prepare<MlaDecodeKernel<bfloat16>>(),
-                        prepare<MlaDecodeKernel<float16>>(), prepare<MlaDecodeKernel<Packed>>(),
-                        prepare<MlaMergeKernel<bfloat16>>(), prepare<MlaMergeKernel<float16>>()});
+    return first_error({prepare<MlaSchedule>(), prepare<MlaDecodeKernel<bfloat16, 1>>(),
+                        prepare<MlaDecodeKernel<bfloat16, 2>>(), prepare<MlaDecodeKernel<float16, 1>>(),
+                        prepare<MlaDecodeKernel<float16, 2>>(), prepare<MlaDecodeKernel<Packed, 1>>(),
+                        prepare<MlaDecodeKernel<Packed, 2>>(), prepare<MlaMergeKernel<bfloat16>>(),
+                        prepare<MlaMergeKernel<float16>>()});
   });
 }
 

@@ -238,6 +238,20 @@ void bulk_store(void* base, int64_t size, int64_t offset, uint32_t source, uint3
               [=](const std::vector<uint8_t>& staged) { memcpy(destination, staged.data(), bytes); });
 }
 
+void bulk_copy(uint32_t destination, uint32_t source, uint32_t bytes, uint32_t barrier, Where where) {
+  Machine& m = machine();
+  Block &from = m.block(), &to = m.locate(destination, where);
+  m.at(from, source, bytes, 16, "cp.async.bulk", where);
+  m.check_read(from, source, bytes, m.self(), true, "cp.async.bulk", where);
+  uint16_t line = m.site(where);
+  m.add_readers(from, source, bytes, 1, line);
+  start_load("cp.async.bulk", to, destination, bytes, m.mbarrier(barrier, where), where,
+             [=, &m, &from](uint8_t* shared) {
+               memcpy(shared + (destination - shared_base), from.shared + (source - shared_base), bytes);
+               m.add_readers(from, source, bytes, -1, line);
+             });
+}
+
 void bulk_commit_group(Where) {
   Thread& thread = machine().self();
   thread.bulk_groups.push_back(std::move(thread.bulk));

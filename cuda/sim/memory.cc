@@ -207,8 +207,8 @@ uint32_t shared_address(const void* pointer) {
   fail(Where{}, "cvta.to.shared of a pointer that is not into shared memory");
 }
 
-uint32_t mapa(const void* pointer, int rank) {
-  return uint32_t(rank + 1) << rank_shift | (shared_address(pointer) & ((1u << rank_shift) - 1));
+uint32_t mapa(uint32_t address, int rank) {
+  return uint32_t(rank + 1) << rank_shift | (address & ((1u << rank_shift) - 1));
 }
 
 void load_shared(void* value, uint32_t address, int bytes, Where where) {

@@ -63,7 +63,7 @@ void setmaxnreg(int registers, bool increase, Where where);
 // ---- memory ----
 
 uint32_t shared_address(const void* pointer);
-uint32_t mapa(const void* pointer, int rank);
+uint32_t mapa(uint32_t address, int rank);
 void load_shared(void* value, uint32_t address, int bytes, Where where);
 void store_shared(uint32_t address, const void* value, int bytes, Where where);
 void load_global(void* value, const void* base, int64_t size, int64_t offset, int bytes, Where where);
@@ -105,6 +105,7 @@ void tensor_store(const TensorMap& map, const int* at, int rank, uint32_t source
 void bulk_load(uint32_t destination, const void* base, int64_t size, int64_t offset, uint32_t bytes, uint32_t barrier,
                Where where);
 void bulk_store(void* base, int64_t size, int64_t offset, uint32_t source, uint32_t bytes, Where where);
+void bulk_copy(uint32_t destination, uint32_t source, uint32_t bytes, uint32_t barrier, Where where);
 void bulk_commit_group(Where where);
 void bulk_wait_group(int pending, bool read, Where where);
 void cp_async(uint32_t destination, const void* base, int64_t size, int64_t offset, int bytes, bool valid, Where where);

@@ -15,7 +15,7 @@ def row_bytes(latent: int, rope: int) -> int:
 
 def pack_rows(rows, latent_dim):
     """rows [..., d] -> uint8 [..., bytes]: the latent as e4m3, its scales as float32, the rest as bfloat16."""
-    values, scales = quantize(rows[..., None, :latent_dim], block_shape=(1, BLOCK), scale_format="float32")
+    values, scales = quantize(rows[..., None, :latent_dim], block_shape=(1, BLOCK), scale_format="power_of_two")
     values = _bytes(values[..., 0, :])
     values = jnp.where(values & 0x7F == 0x7F, jnp.uint8(0x7F), values)  # one code for NaN, whatever its sign was
     rope = rows[..., latent_dim:].astype(jnp.bfloat16)

@@ -789,6 +789,34 @@ struct OtherBlocksBarrier : Of<32> {
   }
 };
 
+struct SentAndOverwritten : Of<32> {
+  NAME(SentAndOverwritten)
+  using Smem = Room;
+  static void run(const Params& p, Smem& s) {
+    int t = thread_index(), other = cluster_rank() ^ 1;
+    if (t == 0) {
+      mbarrier_init(s.full, 1);
+      mbarrier_init(s.empty, 1);
+      fence_mbarrier_init();
+    }
+    uint32_t half = shared_address(s.tile.data) + cluster_rank() * 128;
+    store_shared(half + t * 4, 1u);
+    fence_proxy_async();
+    barrier_cluster_arrive();
+    barrier_cluster_wait();
+    if (t == 0) {
+      mbarrier_arrive_expect_tx(s.full, 128);
+      cp_async_bulk_cluster(half, 128, s.full, other);
+    }
+    mbarrier_wait(s.full, 0);
+    if (t == 0) mbarrier_arrive_cluster(s.empty, other);
+    if (!p.bug) mbarrier_wait(s.empty, 0);
+    store_shared(half + t * 4, 2u);  // @SentAndOverwritten
+    barrier_cluster_arrive();
+    barrier_cluster_wait();
+  }
+};
+
 template <typename K>
 std::string small(int bug, int cluster) {
   alignas(128) static uint32_t in[256], out[256];
@@ -913,6 +941,7 @@ const Planted planted[] = {
     CLUSTER(RemoteReadNoBarrier, "ld.shared::cluster with no cluster barrier", "race: ld.shared reads / which nobody has written"),
     CLUSTER(ClusterArriveTwice, "barrier.cluster.arrive twice", "barrier.cluster.arrive twice with no wait between"),
     CLUSTER(OtherBlocksBarrier, "st.async for fewer bytes than expected", "deadlock"),
+    CLUSTER(SentAndOverwritten, "what a neighbour is sent, overwritten before it has come", "may still read it"),
     // clang-format on
 };
 

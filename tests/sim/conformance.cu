@@ -685,14 +685,16 @@ void named_barriers() {
 
 struct Cluster : Kernel<64> {
   struct Smem {
+    Tile<256> sent;
     Shared<uint32_t> x[128], y[64], z[64];
-    Barrier meet, full;
+    Barrier meet, full, received;
   };
   DEVICE static void run(const Params& p, Smem& s) {
-    int t = thread_index(), rank = cluster_rank(), other = rank ^ 1, out = block_index() * 256;
+    int t = thread_index(), rank = cluster_rank(), other = rank ^ 1, out = block_index() * 320;
     if (t == 0) {
       mbarrier_init(s.meet, 2 * 32);
       mbarrier_init(s.full, 1);
+      mbarrier_init(s.received, 1);
       fence_mbarrier_init();
     }
     for (int i = 0; i < 2; ++i) store(s.x[2 * t + i], uint32_t(block_index() * 1000 + 2 * t + i));
@@ -716,6 +718,17 @@ struct Cluster : Kernel<64> {
     barrier_cluster_wait();
     uint32_t apart = mapa(&s.y, other) - mapa(&s.x, other) - (shared_address(&s.y) - shared_address(&s.x));
     store_global(p.out, out + 192 + t, load(s.y[t]) + apart);
+    // Each sends its half of `sent`.
+    uint32_t half = shared_address(s.sent.data) + rank * 128;
+    if (t < 32) store_shared(half + t * 4, uint32_t(block_index() * 4000 + t));
+    fence_proxy_async();
+    bar_sync(0, threads);
+    if (t == 0) {
+      mbarrier_arrive_expect_tx(s.received, 128);
+      cp_async_bulk_cluster(half, 128, s.received, other);
+    }
+    mbarrier_wait(s.received, 0);
+    store_global(p.out, out + 256 + t, load_shared<uint32_t>(shared_address(s.sent.data) + t * 4));
     barrier_cluster_arrive();
     barrier_cluster_wait();
   }
@@ -729,8 +742,9 @@ void cluster() {
       for (uint32_t i = 0; i < 2; ++i) want.push_back(other * 1000 + 2 * (63 - t) + i);
     for (uint32_t t = 0; t < 64; ++t) want.push_back(other * 3000 + 63 - t);
     for (uint32_t t = 0; t < 64; ++t) want.push_back(other * 2000 + (t + 59) % 64);
+    for (uint32_t t = 0; t < 64; ++t) want.push_back((block / 2 * 2 + t / 32) * 4000 + t % 32);
   }
-  same(outputs<Cluster>({}, 1024, {}, 4, 2), want);
+  same(outputs<Cluster>({}, 1280, {}, 4, 2), want);
 }
 
 // ---- the copy engine ----
