@@ -133,9 +133,10 @@ def test_packed_codes_and_scales_may_be_any():
     np.testing.assert_array_equal(got[1], expected[1])
 
 
+@pytest.mark.parametrize("heads", [3, 128])
 @pytest.mark.parametrize("dtype", [BF16, F16, FP8])
-def test_a_key_that_is_nan_makes_its_request_nan(dtype):
-    q, cache, table, seq_lens = operands(1, 3, 16, [70, 40], dtype)
+def test_a_key_that_is_nan_makes_its_request_nan(dtype, heads):
+    q, cache, table, seq_lens = operands(1, heads, 16, [70, 40], dtype)
     page = int(table[0, 2])
     cache = cache.at[page, 5, 100].set(127 if dtype == FP8 else jnp.nan)  # a code whose scale is none
     out, lse = decode((q, cache, table, seq_lens))
@@ -158,9 +159,10 @@ def test_decode_of_what_append_packed():
     assert np.abs(got[0] - out).max() < 2.0**-4 * np.abs(rows.astype(jnp.float32)).max()
 
 
+@pytest.mark.parametrize("heads", [5, 60])
 @pytest.mark.parametrize("dtype", [BF16, FP8])
-def test_pages_outside_the_cache_hold_no_keys(dtype):
-    q, cache, table, seq_lens = operands(2, 5, 16, [200, 90], dtype)
+def test_pages_outside_the_cache_hold_no_keys(dtype, heads):
+    q, cache, table, seq_lens = operands(2, heads, 16, [200, 90], dtype)
     table = table.at[0, jnp.asarray([0, 7, 11])].set(jnp.asarray([-1, len(cache), 2**31 - 1]))
     table = table.at[1].set(10**6)
     arrays = q, cache, table, seq_lens
@@ -227,9 +229,14 @@ def test_requests_are_dealt_so_that_none_is_cut(heads, simulator):
 
 @pytest.mark.skipif(HOPPER_IMPLEMENTATION != "sim", reason="a GPU has the multiprocessors that it has")
 @pytest.mark.parametrize("dtype", [BF16, FP8])
-@pytest.mark.parametrize("multiprocessors", [1, 3, 132])
-def test_work_is_shared_by_any_number_of_multiprocessors(multiprocessors, dtype, simulator):
-    arrays = operands(1, 70, 64, [900, 0, 64, 65], dtype)
+@pytest.mark.parametrize(
+    "queries,lengths,multiprocessors",
+    [(1, [900, 0, 64, 65], 1), (1, [900, 0, 64, 65], 3), (1, [900, 0, 64, 65], 132), (3, [70, 0], 6), (7, [70, 0], 6)],
+    ids=str,
+)
+def test_work_is_shared_by_any_number_of_multiprocessors(queries, lengths, multiprocessors, dtype, simulator):
+    """Also by some of them, four groups of rows by six; and of eight groups more than one by each."""
+    arrays = operands(queries, 70, 64, lengths, dtype)
     simulator.configure(multiprocessors=multiprocessors)
     check(arrays, decode(arrays), True)
 
