@@ -279,10 +279,6 @@ struct MlaDecodeKernel {
         end = end_of(piece);
         first_row = piece.request * p.sizes.rows + piece.group * mla_rows;
       }
-      return find(p, block);
-    }
-
-    DEVICE int find(const Params& p, int block) {
       int token = block * key_block + key;
       if (token >= piece.length) return -1;
       int page = load_global<int32_t>(p.block_table, int64_t(piece.request) * p.table_pages + token / p.page);
