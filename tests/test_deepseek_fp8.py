@@ -314,17 +314,19 @@ def test_fp8_training_ends_where_bfloat16_does():
 @pytest.mark.slow
 @pytest.mark.alone
 def test_generation_is_faster_from_fp8(tmp_path):
-    """Than from the checkpoint's bfloat16 copy, both through our kernels, taking turns. Another program on the same
-    cores stops a step at each of its barriers, whatever the weights: such a run counts for nothing."""
+    """Than from the checkpoint's bfloat16 copy, both through our kernels, taking turns; of three runs the fastest of
+    each: another program on the same cores stops a step at each of its barriers, whatever the weights."""
+    runs = []
     for _ in range(3):
         done = run_benchmark("benchmarks.model", "--quick", "--json", str(tmp_path / "rows.json"))
         assert done.returncode == 0, done.stderr[-2000:]
         print(done.stdout)
-        rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
-        ratios = {row["name"]: row["ratio"] for row in rows}
-        if min(ratios.values()) > 1:
-            return
-    raise AssertionError(ratios)
+        runs.append(json.loads((tmp_path / "rows.json").read_text())["rows"])
+    ratios = {
+        rows[0]["name"]: min(row["xla_ms"] for row in rows) / min(row["ours_ms"] for row in rows)
+        for rows in zip(*runs, strict=True)
+    }
+    assert min(ratios.values()) > 1, ratios
 
 
 def run_benchmark(module, *arguments):

@@ -9,8 +9,8 @@
 // Weights, and what their exponents are counted from, meet in shared memory. After FlashMLA's two warpgroups that share
 // one 64 x 512 result, with a chain of blocks of keys in place of its pairs.
 //
-// The two blocks of a cluster take two groups of rows of the same keys. Each brings or unpacks half of the latent for
-// both: FlashMLA's crossover, of whole requests.
+// The blocks of a cluster of two have neighbouring groups of rows and the same keys, piece for piece, and each brings
+// half of the latent for both: of packed keys it unpacks half of them and sends these on (FlashMLA's crossover).
 #pragma once
 
 #include <type_traits>

@@ -6,7 +6,8 @@
 // cost more than some longer stretches; if need be the requests lie in an order in which that is so. Else equal ones,
 // so that one long request uses the whole machine. With several groups of rows as many blocks of threads take the same
 // stretch, a group each, at about the same time, so that the keys come from memory once. With num_splits every request
-// is cut into so many equal runs, whatever else is in the batch: the same bits alone or in any batch.
+// is cut into so many equal runs, whatever else is in the batch: the same bits alone or in any batch. Either way, if
+// groups and blocks are even in number, blocks 2 i and 2 i + 1 have as many pieces, of the same keys: a cluster's.
 #pragma once
 
 #include "cuda/arch/arch.h"
