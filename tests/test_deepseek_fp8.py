@@ -315,7 +315,8 @@ def test_fp8_training_ends_where_bfloat16_does():
 @pytest.mark.alone
 def test_generation_is_faster_from_fp8(tmp_path):
     """Than from the checkpoint's bfloat16 copy, both through our kernels, taking turns; of three runs the fastest of
-    each: another program on the same cores stops a step at each of its barriers, whatever the weights."""
+    each: another program on the same cores stops a step at each of its barriers, whatever the weights. By a fifth, as
+    models that are alike differ by a tenth."""
     runs = []
     for _ in range(3):
         done = run_benchmark("benchmarks.model", "--quick", "--json", str(tmp_path / "rows.json"))
@@ -326,7 +327,7 @@ def test_generation_is_faster_from_fp8(tmp_path):
         rows[0]["name"]: min(row["xla_ms"] for row in rows) / min(row["ours_ms"] for row in rows)
         for rows in zip(*runs, strict=True)
     }
-    assert min(ratios.values()) > 1, ratios
+    assert min(ratios.values()) > 1.2, ratios
 
 
 def run_benchmark(module, *arguments):
