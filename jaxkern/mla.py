@@ -301,12 +301,12 @@ def _hopper_refuses_decode(q, cache, *_, latent_dim, **__):
 
 
 def _hopper_workspaces(q, *_, num_splits, **__):
-    """The schedule, and partial results in groups of 64 rows: see cuda/mla/mla.h."""
+    """Where requests start, and partial results in groups of 64 rows: see cuda/mla/mla.h."""
     b, s, h, _ = q.shape
     groups = -(-(s * h) // 64)
     parts = 160  # most_mla_parts
     slots = 1 if num_splits == 1 else b * groups * num_splits if num_splits else b * groups + max(groups, parts)
-    return [((2 * b + 1 + parts + 2,), jnp.int32), ((slots, 64, 512), jnp.float32), ((slots, 64), jnp.float32)]
+    return [((b + 2,), jnp.int32), ((slots, 64, 512), jnp.float32), ((slots, 64), jnp.float32)]
 
 
 MLA_DECODE = _ffi.Op(

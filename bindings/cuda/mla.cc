@@ -10,7 +10,7 @@ using enum ffi::DataType;
 
 // The last three results are workspaces.
 ffi::Error mla_decode(cuda::Stream stream, Buffer q, Buffer cache, Buffer block_table, Buffer seq_lens, Result out,
-                      Result lse, Result schedule, Result partial_out, Result partial_lse, float softmax_scale,
+                      Result lse, Result starts, Result partial_out, Result partial_lse, float softmax_scale,
                       int64_t causal, int64_t num_splits) {
   Check check("mla_decode");
   check.rank("q", q, 4);
@@ -42,8 +42,8 @@ ffi::Error mla_decode(cuda::Stream stream, Buffer q, Buffer cache, Buffer block_
   check.dtype("out", *out, {q.element_type()});
   check.shape("lse", *lse, {batch, queries, heads});
   check.dtype("lse", *lse, {F32});
-  check.shape("schedule", *schedule, {cuda::mla_schedule(batch)});
-  check.dtype("schedule", *schedule, {S32});
+  check.shape("starts", *starts, {cuda::mla_starts(batch)});
+  check.dtype("starts", *starts, {S32});
   check.shape("partial_out", *partial_out, {slots, cuda::mla_rows, cuda::mla_latent});
   check.dtype("partial_out", *partial_out, {F32});
   check.shape("partial_lse", *partial_lse, {slots, cuda::mla_rows});
@@ -60,7 +60,7 @@ ffi::Error mla_decode(cuda::Stream stream, Buffer q, Buffer cache, Buffer block_
                                                   .lse = lse->typed_data<float>(),
                                                   .type = float_of(q.element_type()),
                                                   .packed = packed,
-                                                  .schedule = schedule->typed_data<int32_t>(),
+                                                  .starts = starts->typed_data<int32_t>(),
                                                   .partial_out = partial_out->typed_data<float>(),
                                                   .partial_lse = partial_lse->typed_data<float>(),
                                                   .softmax_scale = softmax_scale,

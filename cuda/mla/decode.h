@@ -28,11 +28,12 @@ using NumberOf = std::conditional_t<std::is_same_v<Format, Packed>, bfloat16, Fo
 
 template <typename Format>
 struct MlaParams {
-  TensorMap q, cache;            // [batch * rows, 576], [pages * page, 576]
-  TensorMap out, partial_out;    // [batch, rows, 512], [slots * 64, 512]
+  TensorMap q, cache;            // [batch, rows, 576], [pages * page, 576]
+  TensorMap out, partial_out;    // [batch, rows, 512], [slots, 64, 512], of a few rows without the others
   Global<const uint8_t> packed;  // the cache, if it is: [pages * page, 656]
   Global<const int32_t> block_table;
   Global<float> lse, partial_lse;
+  Global<int32_t> starts;  // see MlaSchedule
   MlaSizes sizes;
   int heads, queries, pages, page, table_pages;
   int box_rows;  // keys that one copy brings: a part of one page
@@ -68,6 +69,7 @@ struct MlaDecodeKernel {
     Tile<tile_bytes> weights;                                // [64 rows][64 keys]
     Shared<float> largest[2][mla_rows], total[2][mla_rows];  // of each warpgroup's blocks: see Rows
     Shared<uint32_t> exists[stages][2];                      // a bit a key
+    MlaStretch stretch;
     Barrier full[stages][parts], empty[stages][parts], q_full, q_empty;
     // The neighbour has all that this block sent it of a piece. Two, for the pieces by turns: after two more pieces the
     // neighbour has freed the stage that this one ended in, and so seen the barrier.
@@ -89,9 +91,16 @@ struct MlaDecodeKernel {
       for (int i = 0; i < 2; ++i) mbarrier_init(s.received[i], 1);
       fence_mbarrier_init();
     }
-    sync_cluster<cluster>(threads);
     griddepcontrol_launch_dependents();
     griddepcontrol_wait();
+    if (p.sizes.splits == 0) {
+      // Where keys will lie.
+      using Schedule = MlaSchedule<threads>;
+      static_assert(sizeof(typename Schedule::Smem) <= sizeof(s.keys));
+      Schedule{p.sizes, s.stretch, reinterpret_cast<typename Schedule::Smem&>(s.keys), p.starts}.run();
+      fence_proxy_async();
+    }
+    sync_cluster<cluster>(threads);
     if (warp >= math_threads / warp_size) {
       setmaxnreg_dec<copy_registers>();
       if constexpr (is_packed)
@@ -122,11 +131,11 @@ struct MlaDecodeKernel {
   // ---- copies ----
 
   DEVICE static void produce(const Params& p, Smem& s) {
-    MlaWalk walk(p.sizes);
+    MlaWalk walk(p.sizes, s.stretch);
     Piece piece;
     Stage at;
     for (uint32_t q_phase = 0; walk.next(piece); q_phase ^= 1) {
-      copy_queries(p, s, piece.request * p.sizes.rows + piece.group * mla_rows, q_phase);
+      copy_queries(p, s, piece, q_phase);
       for (int block = piece.first; block < end_of(piece); ++block, at.advance()) {
         // Where its keys lie, found before the stage is free.
         int rows[key_block / 16];
@@ -171,10 +180,12 @@ struct MlaDecodeKernel {
     }
   }
 
-  DEVICE static void copy_queries(const Params& p, Smem& s, int row, uint32_t phase) {
+  // Beyond the request's rows zeros.
+  DEVICE static void copy_queries(const Params& p, Smem& s, const Piece& piece, uint32_t phase) {
     mbarrier_wait(s.q_empty, phase ^ 1);
     mbarrier_arrive_expect_tx(s.q_full, width_tiles * tile_bytes);
-    for (int i = 0; i < width_tiles; ++i) cp_async_bulk_tensor<2>(&s.q[i], p.q, {i * 64, row}, s.q_full);
+    for (int i = 0; i < width_tiles; ++i)
+      cp_async_bulk_tensor<3>(&s.q[i], p.q, {i * 64, piece.group * mla_rows, piece.request}, s.q_full);
   }
 
   // ---- packed keys ----
@@ -193,14 +204,14 @@ struct MlaDecodeKernel {
   // first half are in flight while this waits for a stage.
   DEVICE static void unpack(const Params& p, Smem& s, int warp) {
     int lane = lane_index(), first_half = cluster > 1 ? cluster_rank() : 0;
-    PackedBlocks blocks(p, warp, first_half);
+    PackedBlocks blocks(p, s, warp, first_half);
     Columns columns[2];
     int slot = blocks.advance(p);
     load_packed(p, slot, 0, columns);
     Stage at;
     for (uint32_t q_phase = 0; blocks.any; at.advance()) {
-      if (blocks.first_row >= 0) {
-        if (warp == 0 && elect()) copy_queries(p, s, blocks.first_row, q_phase);
+      if (blocks.begins) {
+        if (warp == 0 && elect()) copy_queries(p, s, blocks.piece, q_phase);
         syncwarp();
         q_phase ^= 1;
       }
@@ -261,23 +272,22 @@ struct MlaDecodeKernel {
     Piece piece = {};
     int block = 0, end = 0;
     bool any = true;  // it is not beyond the last
-    int first_row;    // of q, if a piece begins here; else -1
+    bool begins;      // a piece does, here
     int key;          // this lane's, of a block
 
-    DEVICE PackedBlocks(const Params& p, int warp, int first_half) : walk(p.sizes) {
+    DEVICE PackedBlocks(const Params& p, const Smem& s, int warp, int first_half) : walk(p.sizes, s.stretch) {
       int lane = lane_index();
       key = (lane / 8 % 2 ^ first_half) * half_keys + warp * 8 + lane / 16 * 4 + lane % 2 * 2 + lane / 4 % 2;
     }
 
     // To the next one: where this lane's key lies, as a row of the cache; -1: there is none.
     DEVICE int advance(const Params& p) {
-      first_row = -1;
-      if (++block >= end) {
+      begins = ++block >= end;
+      if (begins) {
         any = walk.next(piece);
         if (!any) return -1;
         block = piece.first;
         end = end_of(piece);
-        first_row = piece.request * p.sizes.rows + piece.group * mla_rows;
       }
       int token = block * key_block + key;
       if (token >= piece.length) return -1;
@@ -379,7 +389,7 @@ struct MlaDecodeKernel {
   // weights. Meanwhile the other's next block comes, for which there would not be the time in a step that both took
   // together: a stage is empty only when the values of its block are added.
   DEVICE static void attend(const Params& p, Smem& s, int half) {
-    MlaWalk walk(p.sizes);
+    MlaWalk walk(p.sizes, s.stretch);
     Piece piece;
     uint32_t phase = 0;  // of this warpgroup's stage
     int stage = 0;       // of the piece's first block
@@ -587,6 +597,7 @@ struct MlaDecodeKernel {
     int lane = lane_index(), warp = thread_index() % warpgroup_size / warp_size, first = warp * 16;
     uint32_t own = shared_address(&s.keys[stage][half * tiles]) + first * 128;
     if (piece.whole) {
+      uint32_t at = own + lane % 16 * 128 + (lane / 16 ^ lane % 8) * 16;
 #pragma unroll
       for (int i = 0; i < columns / 16; ++i) {
         uint32_t fragment[4];
@@ -594,8 +605,7 @@ struct MlaDecodeKernel {
         for (int j = 0; j < 4; ++j)
           fragment[j] =
               to_pair(result[i * 8 + 2 * j] * inverse[j % 2], result[i * 8 + 2 * j + 1] * inverse[j % 2], Number{});
-        int row = lane % 16, chunk = i % 4 * 2 + lane / 16;
-        stmatrix<4, false>(own + i / 4 * tile_bytes + row * 128 + (chunk ^ row % 8) * 16, fragment);
+        stmatrix<4, false>((at ^ i % 4 * 32) + i / 4 * tile_bytes, fragment);
       }
       fence_proxy_async();
       syncwarp();
@@ -607,23 +617,24 @@ struct MlaDecodeKernel {
         bulk_wait_group_read<0>();
       }
     } else {
+      uint32_t at = own + lane / 4 * 128 + (lane % 4 / 2 ^ lane / 4) * 16 + lane % 2 * 8;
 #pragma unroll
       for (int round = 0; round < 2; ++round) {
 #pragma unroll
         for (int i = 0; i < columns / 16; ++i)  // of eight columns
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
-            int at = (round * columns / 16 + i) * 4 + 2 * j, row = lane / 4 + 8 * j, chunk = i % 4 * 2 + lane % 4 / 2;
-            store_shared(own + i / 4 * tile_bytes + row * 128 + (chunk ^ row % 8) * 16 + lane % 2 * 8,
-                         Pack<float, 2>{result[at] * inverse[j], result[at + 1] * inverse[j]});
+            int item = (round * columns / 16 + i) * 4 + 2 * j;
+            store_shared((at ^ i % 4 * 32) + i / 4 * tile_bytes + 8 * j * 128,
+                         Pack<float, 2>{result[item] * inverse[j], result[item + 1] * inverse[j]});
           }
         fence_proxy_async();
         syncwarp();
         if (elect()) {
           for (int i = 0; i < tiles; ++i)
-            cp_async_bulk_tensor_store<2>(
-                p.partial_out, {half * columns + round * columns / 2 + i * 32, piece.slot * mla_rows + first},
-                s.keys[stage][half * tiles + i].data + first * 128);
+            cp_async_bulk_tensor_store<3>(p.partial_out,
+                                          {half * columns + round * columns / 2 + i * 32, first, piece.slot},
+                                          s.keys[stage][half * tiles + i].data + first * 128);
           bulk_commit_group();
           bulk_wait_group_read<0>();
         }
@@ -639,14 +650,14 @@ struct MlaDecodeKernel {
 template <typename T>
 struct MlaMergeKernel {
   static constexpr bool starts_early = true;
-  static constexpr int threads = mla_latent / 4;
-  static constexpr int at_once = 4;  // parts whose loads are in flight together
+  static constexpr int threads = mla_latent / 4, resident = 4;
   static std::string name() { return std::string("MlaMergeKernel<") + format_name<T> + ">"; }
 
   struct Params {
     Global<const float> partial_out, partial_lse;
     Global<T> out;
     Global<float> lse;
+    Global<const int32_t> starts;  // see MlaSchedule
     MlaSizes sizes;
   };
   struct Smem {};
@@ -654,53 +665,62 @@ struct MlaMergeKernel {
   DEVICE static void run(const Params& p, Smem&) {
     griddepcontrol_wait();
     const MlaSizes& m = p.sizes;
-    if (m.splits == 0 && load_global<int32_t>(m.cuts, m.stretches + 1) == 0) return;  // nothing is shared
-    int share = m.splits == 0 ? load_global<int32_t>(m.cuts, 1) : 0;                  // of each stretch
-    int column = thread_index() * 4;
+    int share = m.splits == 0 ? load_global<int32_t>(p.starts, m.batch + 1) : 0;  // of each stretch
+    if (m.splits == 0 && share == 0) return;                                      // nothing is shared
     for (int i = block_index(); i < m.batch * m.rows; i += grid_size()) {
-      int place = i / m.rows, row = i % m.rows, group = row / mla_rows;
-      int request = place, run = place * m.splits, count = m.splits;
+      int request = i / m.rows, row = i % m.rows, run = request * m.splits, parts = m.splits;
       if (m.splits == 0) {
-        int first = load_global<int32_t>(m.starts, place) / share;
-        run = place + first;
-        count = (load_global<int32_t>(m.starts, place + 1) - 1) / share - first + 1;
-        if (count == 1) continue;
-        request = load_global<int32_t>(m.order, place);
+        int first = load_global<int32_t>(p.starts, request) / share;
+        run = request + first;
+        parts = (load_global<int32_t>(p.starts, request + 1) - 1) / share - first + 1;
+        if (parts == 1) continue;
       }
-      int64_t to = int64_t(request) * m.rows + row;
-      int64_t from = int64_t(slot_of(m, run, group)) * mla_rows + row % mla_rows, step = m.row_groups * mla_rows;
-      float most = -__builtin_inff(), total = 0, sums[4] = {0, 0, 0, 0};
-      for (int part = 0; part < count; part += at_once) {
-        float lse[at_once];
-        Pack<float, 4> x[at_once];
-#pragma unroll
-        for (int k = 0; k < at_once; ++k) {
-          bool exists = part + k < count;
-          int64_t at = from + (part + k) * step;
-          lse[k] = exists ? load_global<float>(p.partial_lse, at) : -__builtin_inff();
-          x[k] = exists ? load_global<Pack<float, 4>>(p.partial_out, at * mla_latent + column) : Pack<float, 4>{};
-        }
-        float before = most;
-#pragma unroll
-        for (int k = 0; k < at_once; ++k) most = fmaxf(most, lse[k]);
-        float base = most == -__builtin_inff() ? 0 : most, factor = ex2(before - base);
-        total *= factor;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sums[j] *= factor;
-#pragma unroll
-        for (int k = 0; k < at_once; ++k) {
-          float weight = ex2(lse[k] - base);
-          total += weight;
-#pragma unroll
-          for (int j = 0; j < 4; ++j) sums[j] += weight * x[k].item[j];
-        }
-      }
-      float inverse = total == 0 ? 0 : rcp(total);
-      store_global(p.out, to * mla_latent + column,
-                   Pack<uint32_t, 2>{to_pair(sums[0] * inverse, sums[1] * inverse, T{}),
-                                     to_pair(sums[2] * inverse, sums[3] * inverse, T{})});
-      if (thread_index() == 0) store_global(p.lse, to, total == 0 ? -__builtin_inff() : (most + lg2(total)) * ln2);
+      int64_t first = int64_t(slot_of(m, run, row / mla_rows)) * mla_rows + row % mla_rows;
+      if (parts <= 4)
+        merge<4>(p, first, parts, i);
+      else
+        merge<16>(p, first, parts, i);
     }
+  }
+
+  // The parts of row `to`, with the loads of `at_once` of them in flight together: for those beyond the last, its own.
+  template <int at_once>
+  DEVICE static void merge(const Params& p, int64_t first, int parts, int64_t to) {
+    int64_t step = p.sizes.row_groups * mla_rows;
+    int column = thread_index() * 4;
+    float most = -__builtin_inff(), total = 0, sums[4] = {0, 0, 0, 0};
+    for (int part = 0; part < parts; part += at_once) {
+      float lse[at_once];
+      Pack<float, 4> x[at_once];
+#pragma unroll
+      for (int k = 0; k < at_once; ++k) {
+        int64_t at = first + (part + k < parts ? part + k : parts - 1) * step;
+        lse[k] = load_global<float>(p.partial_lse, at);
+        x[k] = load_global<Pack<float, 4>>(p.partial_out, at * mla_latent + column);
+      }
+      float before = most;
+#pragma unroll
+      for (int k = 0; k < at_once; ++k) {
+        if (part + k >= parts) lse[k] = -__builtin_inff();
+        most = fmaxf(most, lse[k]);
+      }
+      float base = most == -__builtin_inff() ? 0 : most, factor = ex2(before - base);
+      total *= factor;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sums[j] *= factor;
+#pragma unroll
+      for (int k = 0; k < at_once; ++k) {
+        float weight = ex2(lse[k] - base);
+        total += weight;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sums[j] += weight * x[k].item[j];
+      }
+    }
+    float inverse = total == 0 ? 0 : rcp(total);
+    store_global(p.out, to * mla_latent + column,
+                 Pack<uint32_t, 2>{to_pair(sums[0] * inverse, sums[1] * inverse, T{}),
+                                   to_pair(sums[2] * inverse, sums[3] * inverse, T{})});
+    if (thread_index() == 0) store_global(p.lse, to, total == 0 ? -__builtin_inff() : (most + lg2(total)) * ln2);
   }
 };
 

@@ -21,11 +21,7 @@ Error decode(const MlaDecode& g, Stream stream) {
   if (g.num_splits > 0) parts = std::min<int64_t>(parts, g.batch * row_groups * g.num_splits);
   parts = std::max(parts - parts % cluster, cluster);
   int together = std::min<int64_t>(row_groups, parts), stretches = parts / together;
-  int32_t *order = g.schedule, *starts = order + g.batch, *cuts = starts + g.batch + 1;
   MlaSizes sizes = {.seq_lens = {g.seq_lens, g.batch},
-                    .order = {order, g.batch},
-                    .starts = {starts, g.batch + 1},
-                    .cuts = {cuts, stretches + 2},
                     .batch = static_cast<int>(g.batch),
                     .rows = static_cast<int>(rows),
                     .row_groups = static_cast<int>(row_groups),
@@ -42,6 +38,7 @@ Error decode(const MlaDecode& g, Stream stream) {
                          .block_table = {g.block_table, g.batch * g.table_pages},
                          .lse = {g.lse, g.batch * rows},
                          .partial_lse = {g.partial_lse, slots * mla_rows},
+                         .starts = {g.starts, mla_starts(g.batch)},
                          .sizes = sizes,
                          .heads = static_cast<int>(g.heads),
                          .queries = static_cast<int>(g.queries),
@@ -56,7 +53,8 @@ Error decode(const MlaDecode& g, Stream stream) {
   // Of 16 bits no more than the size of an element matters.
   constexpr Element half = Element::bfloat16;
   constexpr Swizzle swizzle = Swizzle::bytes_128;
-  Error error = tensor_map<2>(p.q, g.q, half, {mla_width, g.batch * rows}, {mla_width * 2}, {64, mla_rows}, swizzle);
+  Error error = tensor_map<3>(p.q, g.q, half, {mla_width, rows, g.batch}, {mla_width * 2, mla_width * 2 * rows},
+                              {64, mla_rows, 1}, swizzle);
   if (error.empty() && !g.packed)
     error = tensor_map<2>(p.cache, g.cache, half, {mla_width, g.pages * g.page}, {mla_width * 2}, {64, p.box_rows},
                           swizzle);
@@ -64,10 +62,9 @@ Error decode(const MlaDecode& g, Stream stream) {
     error = tensor_map<3>(p.out, g.out, half, {mla_latent, rows, g.batch}, {mla_latent * 2, mla_latent * 2 * rows},
                           {64, 16, 1}, swizzle);
   if (error.empty() && g.num_splits != 1)
-    error = tensor_map<2>(p.partial_out, g.partial_out, Element::float32, {mla_latent, slots * mla_rows},
-                          {mla_latent * 4}, {32, 16}, swizzle);
-  if (error.empty() && g.num_splits == 0)
-    error = launch<MlaSchedule>(1, 1, {sizes, {order, g.batch}, {starts, g.batch + 1}, {cuts, stretches + 2}}, stream);
+    error = tensor_map<3>(p.partial_out, g.partial_out, Element::float32,
+                          {mla_latent, std::min<int64_t>(rows, mla_rows), slots},
+                          {mla_latent * 4, mla_latent * 4 * mla_rows}, {32, 16, 1}, swizzle);
   if (error.empty()) error = launch<MlaDecodeKernel<Format, cluster>>(parts, cluster, p, stream);
   if (!error.empty() || g.num_splits == 1) return error;
   using Merge = MlaMergeKernel<Number>;
@@ -75,8 +72,9 @@ Error decode(const MlaDecode& g, Stream stream) {
                                   .partial_lse = {g.partial_lse, p.partial_lse.size},
                                   .out = {static_cast<Number*>(g.out), g.batch * rows * mla_latent},
                                   .lse = p.lse,
+                                  .starts = {g.starts, p.starts.size},
                                   .sizes = sizes};
-  return launch<Merge>(std::min<int64_t>(g.batch * rows, multiprocessors() * 16), 1, merge, stream);
+  return launch<Merge>(std::min<int64_t>(g.batch * rows, multiprocessors() * Merge::resident), 1, merge, stream);
 }
 
 }  // namespace
@@ -94,11 +92,10 @@ Error mla_decode(const MlaDecode& g, Stream stream) {
 
 Error prepare_mla_decode() {
   return once_per_device([] {
-    return first_error({prepare<MlaSchedule>(), prepare<MlaDecodeKernel<bfloat16, 1>>(),
-                        prepare<MlaDecodeKernel<bfloat16, 2>>(), prepare<MlaDecodeKernel<float16, 1>>(),
-                        prepare<MlaDecodeKernel<float16, 2>>(), prepare<MlaDecodeKernel<Packed, 1>>(),
-                        prepare<MlaDecodeKernel<Packed, 2>>(), prepare<MlaMergeKernel<bfloat16>>(),
-                        prepare<MlaMergeKernel<float16>>()});
+    return first_error({prepare<MlaDecodeKernel<bfloat16, 1>>(), prepare<MlaDecodeKernel<bfloat16, 2>>(),
+                        prepare<MlaDecodeKernel<float16, 1>>(), prepare<MlaDecodeKernel<float16, 2>>(),
+                        prepare<MlaDecodeKernel<Packed, 1>>(), prepare<MlaDecodeKernel<Packed, 2>>(),
+                        prepare<MlaMergeKernel<bfloat16>>(), prepare<MlaMergeKernel<float16>>()});
   });
 }
 

@@ -25,7 +25,7 @@ struct MlaDecode {
   float* lse;                  // [batch, queries, heads], natural logarithm
   Float type;                  // bfloat16 or float16
   bool packed;
-  int32_t* schedule;   // workspace [mla_schedule(batch)]
+  int32_t* starts;     // workspace [mla_starts(batch)]
   float* partial_out;  // workspace [mla_slots, mla_rows, mla_latent]
   float* partial_lse;  // workspace [mla_slots, mla_rows]
   float softmax_scale;
@@ -35,7 +35,7 @@ struct MlaDecode {
   int64_t pages, page, table_pages;
 };
 
-constexpr int64_t mla_schedule(int64_t batch) { return 2 * batch + 1 + most_mla_parts + 2; }
+constexpr int64_t mla_starts(int64_t batch) { return batch + 2; }
 
 // Partial results that there may be; one at least, for a buffer.
 constexpr int64_t mla_slots(int64_t batch, int64_t rows, int64_t num_splits) {

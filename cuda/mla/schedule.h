@@ -1,13 +1,15 @@
 // Which block attends to which keys of which rows. Work is cut into pieces: 64 rows of one request, a group of them,
-// against a run of its blocks of keys. Lengths of requests are read on the device, so the host waits for nothing.
+// against a run of its blocks of keys. Lengths of requests are read on the device, so the host waits for nothing, and
+// every block of threads finds out by itself what is its own: another kernel would take longer.
 //
 // Without num_splits the blocks of keys of all requests lie on one line, and every block of threads takes a stretch of
 // it: of whole requests, if no stretch is much longer than an equal one, for then there are no partial results, which
-// cost more than some longer stretches; if need be the requests lie in an order in which that is so. Else equal ones,
-// so that one long request uses the whole machine. With several groups of rows as many blocks of threads take the same
-// stretch, a group each, at about the same time, so that the keys come from memory once. With num_splits every request
-// is cut into so many equal runs, whatever else is in the batch: the same bits alone or in any batch. Either way, if
-// groups and blocks are even in number, blocks 2 i and 2 i + 1 have as many pieces, of the same keys: a cluster's.
+// cost more than some longer stretches; if need be requests are dealt to the stretches, if none is much longer then.
+// Else equal ones, so that one long request uses the whole machine. With several groups of rows as many blocks of
+// threads take the same stretch, a group each, at about the same time, so that the keys come from memory once. With
+// num_splits every request is cut into so many equal runs, whatever else is in the batch: the same bits alone or in any
+// batch. Either way, if groups and blocks are even in number, blocks 2 i and 2 i + 1 have as many pieces, of the same
+// keys: a cluster's.
 #pragma once
 
 #include "cuda/arch/arch.h"
@@ -19,14 +21,10 @@ constexpr int key_block = 64;  // keys
 
 struct MlaSizes {
   Global<const int32_t> seq_lens;
-  Global<const int32_t> order;   // [batch]: the requests as they lie on the line
-  Global<const int32_t> starts;  // [batch + 1]: the blocks of keys of all requests before on it
-  Global<const int32_t> cuts;    // [stretches + 2]: where each stretch begins, where the last ends, and 1 if any
-                                 // request is cut: then all stretches but the last are equal
-  int batch, rows, row_groups;   // rows of a request, and how many 64s they are
-  int splits;                    // num_splits
-  int together, stretches;       // blocks that take the same stretch, each every so many-th group of rows
-  int longest;                   // keys that the table has room for
+  int batch, rows, row_groups;  // rows of a request, and how many 64s they are
+  int splits;                   // num_splits
+  int together, stretches;      // blocks that take the same stretch, each every so many-th group of rows
+  int longest;                  // keys that the table has room for
 };
 
 DEVICE int length_of(const MlaSizes& m, int request) {
@@ -37,6 +35,10 @@ DEVICE int length_of(const MlaSizes& m, int request) {
 // At least one, so that a request without keys is somebody's too.
 DEVICE int key_blocks_of(int length) { return length <= key_block ? 1 : static_cast<int>(ceil_div(length, key_block)); }
 
+DEVICE int key_blocks_of(const MlaSizes& m, int request) { return key_blocks_of(length_of(m, request)); }
+
+// ---- pieces ----
+
 struct Piece {
   int request, group, length;
   int first, last;  // blocks of keys
@@ -44,207 +46,235 @@ struct Piece {
   bool whole;       // all keys of its rows: no partial result
 };
 
-// The last of `count` ascending numbers, the first of which is 0, that is not above x.
-DEVICE int last_below(Global<const int32_t> ascending, int count, int x) {
-  int first = 0;
-  while (count - first > 1) {  // it is in [first, count)
-    int middle = (first + count) / 2;
-    if (load_global<int32_t>(ascending, middle) <= x)
-      first = middle;
-    else
-      count = middle;
-  }
-  return first;
-}
-
 // The slot of a partial result: those of one group of one request are row_groups apart.
 DEVICE int slot_of(const MlaSizes& m, int run, int group) { return run * m.row_groups + group; }
+
+// A block's stretch of the line, or, of dealt requests, a line of its own.
+struct MlaStretch {
+  static constexpr int most_dealt = 64;
+  Shared<int32_t> place, first;  // the request that it begins in, as the line counts them, and that one's block of keys
+  Shared<int32_t> index, length;                // of blocks of keys
+  Shared<int32_t> is_dealt, dealt[most_dealt];  // the requests of its line, in order
+};
 
 // The pieces of one block of threads, in order.
 struct MlaWalk {
   const MlaSizes& m;
-  int at, end, group = 0, place = 0;  // on the line, and of a request there
+  const MlaStretch& s;
+  int place, first, left, group;  // left of the stretch
 
-  DEVICE MlaWalk(const MlaSizes& m) : m(m) {
-    if (m.splits > 0) {
-      at = block_index();
-      end = m.batch * m.splits * m.row_groups;
-      return;
-    }
-    if (stretch() < m.stretches)
-      restart(block_index() % m.together);
+  DEVICE MlaWalk(const MlaSizes& m, const MlaStretch& s) : m(m), s(s) {
+    if (m.splits > 0)
+      place = block_index();
     else
-      at = end = 0, group = m.row_groups;
+      restart(block_index() % m.together);
   }
-
-  DEVICE int stretch() { return block_index() / m.together; }
 
   // To the stretch's first request, for this group of rows.
   DEVICE void restart(int of) {
     group = of;
-    at = load_global<int32_t>(m.cuts, stretch());
-    end = load_global<int32_t>(m.cuts, stretch() + 1);
-    place = last_below(m.starts, m.batch, at);
+    place = load(s.place);
+    first = load(s.first);
+    left = load(s.length);
   }
 
   DEVICE bool next(Piece& piece) {
     if (m.splits > 0) {
-      if (at >= end) return false;
-      int run = at / m.row_groups, split = run % m.splits;
+      if (place >= m.batch * m.splits * m.row_groups) return false;
+      int run = place / m.row_groups, split = run % m.splits;
       piece.request = run / m.splits;
-      piece.group = at % m.row_groups;
+      piece.group = place % m.row_groups;
       piece.length = length_of(m, piece.request);
       int blocks = key_blocks_of(piece.length), share = static_cast<int>(ceil_div(blocks, m.splits));
       piece.first = split * share < blocks ? split * share : blocks;
       piece.last = piece.first + share < blocks ? piece.first + share : blocks;
       piece.slot = slot_of(m, run, piece.group);
       piece.whole = m.splits == 1;
-      at += grid_size();
+      place += grid_size();
       return true;
     }
-    if (at >= end) {
+    if (left == 0) {
       if (group + m.together >= m.row_groups) return false;
       restart(group + m.together);
-      if (at >= end) return false;
+      if (left == 0) return false;
     }
-    int start = load_global<int32_t>(m.starts, place), blocks = load_global<int32_t>(m.starts, place + 1) - start;
-    piece.request = load_global<int32_t>(m.order, place);
+    piece.request = load(s.is_dealt) ? load(s.dealt[place]) : place;
     piece.group = group;
     piece.length = length_of(m, piece.request);
-    piece.first = at - start;
-    piece.last = blocks - piece.first < end - at ? blocks : piece.first + end - at;
+    int blocks = key_blocks_of(piece.length);
+    piece.first = first;
+    piece.last = blocks - first < left ? blocks : first + left;
     // A stretch's next piece is of the next request, the next stretch's first of the same or the next: no two share
     // one.
-    piece.slot = slot_of(m, place + stretch(), group);
+    piece.slot = slot_of(m, place + load(s.index), group);
     piece.whole = piece.first == 0 && piece.last == blocks;
-    at += piece.last - piece.first;
-    if (piece.last == blocks) ++place;
+    left -= piece.last - first;
+    first = 0;
+    ++place;
     return true;
   }
 };
 
-// Fills `order`, `starts` and `cuts`: one block, a thread for each request and for each stretch.
+// ---- stretches ----
+
+// Finds the stretch of a block of `threads`, by all of them. If requests are cut, block 0 fills `starts`, for who
+// merges: where each begins on the line, where the last ends, and how long a stretch is; else that is 0.
+template <int threads>
 struct MlaSchedule {
-  static constexpr int threads = 1024, warps = threads / warp_size;
-  static std::string name() { return "MlaSchedule"; }
+  static constexpr int warps = threads / warp_size;
+  static constexpr int most_requests = 1024;         // to be dealt: every thread compares its own with all
+  static constexpr int most_blocks = (1 << 21) - 1;  // that dealing tells apart
+  static_assert(most_mla_parts <= threads);
 
-  struct Params {
-    MlaSizes sizes;
-    Global<int32_t> order, starts, cuts;
-  };
   struct Smem {
+    Shared<int32_t> keys[most_requests];       // to sort requests by; aligned, as the first
+    Shared<int32_t> sorted[most_requests];     // their blocks, from the most to the fewest
+    Shared<int32_t> cuts[most_mla_parts + 1];  // where each stretch of whole requests begins, and the last ends
     Shared<int32_t> of_warp[warps];
-    Shared<int32_t> blocks[threads];  // of keys, of each request
   };
 
-  DEVICE static void run(const Params& p, Smem& s) {
-    griddepcontrol_launch_dependents();
-    const MlaSizes& m = p.sizes;
-    int thread = thread_index();
-    for (int request = thread; request < m.batch; request += threads) store_global(p.order, request, request);
-    int all = lay_out(p, s);
+  const MlaSizes& m;
+  MlaStretch& s;
+  Smem& smem;
+  Global<int32_t> starts;
+  int own = block_index() / m.together;  // stretch; there may be blocks that have none
 
-    // Whole requests, each to the equal stretch that its middle lies in.
-    for (int place = thread; place <= m.batch; place += threads) {
-      int start = load_global<int32_t>(m.starts, place);
-      int last = place < m.batch ? stretch_of(m, place, all) : m.stretches;
-      for (int i = place > 0 ? stretch_of(m, place - 1, all) + 1 : 0; i <= last; ++i) store_global(p.cuts, i, start);
+  DEVICE void run() {
+    if (thread_index() == 0) {  // unless it is found to begin elsewhere
+      store(s.place, 0);
+      store(s.first, 0);
     }
-    bool is_cut = is_any_long(m, s, all);
+    int all = for_requests([](int, int, int) {});
+    if (share_whole(all)) return;
+    if (m.stretches < m.batch && m.batch <= most_requests && m.batch <= m.stretches * MlaStretch::most_dealt &&
+        deal(all))
+      return;
+    cut(all);
+  }
 
-    // In order of their lengths, to one stretch after the other, back and forth.
-    if (is_cut && m.stretches < m.batch && m.batch <= threads) {
-      sort(p, s);
-      lay_out(p, s);
-      for (int i = thread; i <= m.stretches; i += threads)
-        store_global(p.cuts, i, load_global<int32_t>(m.starts, first_place(m, i)));
-      is_cut = is_any_long(m, s, all);
+  // Whole requests, each to the equal stretch that its middle lies in; false if one is too long then.
+  DEVICE bool share_whole(int all) {
+    auto stretch_of = [&](int start, int blocks) {
+      return static_cast<int>((2 * int64_t(start) + blocks) * m.stretches / (2 * int64_t(all)));
+    };
+    for_requests([&](int request, int start, int blocks) {
+      int before = request > 0 ? key_blocks_of(m, request - 1) : 0, last = stretch_of(start, blocks);
+      for (int i = request > 0 ? stretch_of(start - before, before) + 1 : 0; i <= last; ++i) {
+        store(smem.cuts[i], start);
+        if (i == own) store(s.place, request);
+      }
+      for (int i = last + 1; request == m.batch - 1 && i <= m.stretches; ++i) store(smem.cuts[i], all);
+    });
+    bar_sync(0, threads);
+    if (is_any_long(all, [&](int i) { return load(smem.cuts[i + 1]) - load(smem.cuts[i]); })) return false;
+    finish(own < m.stretches ? load(smem.cuts[own + 1]) - load(smem.cuts[own]) : 0, false, 0);
+    return true;
+  }
+
+  // Requests from the longest to the shortest, to one stretch after the other, back and forth.
+  DEVICE bool deal(int all) {
+    int padded = round_up(m.batch, 4);
+    auto key_of = [&](int request, int blocks) {  // no two have the same
+      return (blocks < most_blocks ? blocks : most_blocks) * most_requests + most_requests - 1 - request;
+    };
+    for (int request = thread_index(); request < padded; request += threads)
+      store(smem.keys[request], request < m.batch ? key_of(request, key_blocks_of(m, request)) : 0);
+    bar_sync(0, threads);
+    for (int request = thread_index(); request < m.batch; request += threads) {
+      int blocks = key_blocks_of(m, request), key = key_of(request, blocks), rank = 0;
+#pragma unroll 4
+      for (int i = 0; i < padded; i += 4) {
+        auto others = load_pack<4>(smem.keys[i]);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) rank += others.item[j] > key;
+      }
+      store(smem.sorted[rank], blocks);
+      int round = rank / m.stretches;
+      if (place_of(round, own) == rank) store(s.dealt[round], request);
     }
+    bar_sync(0, threads);
+    auto blocks_of = [&](int stretch) {
+      int sum = 0;
+      for (int round = 0; round * m.stretches < m.batch; ++round) {
+        int place = place_of(round, stretch);
+        if (place < m.batch) sum += load(smem.sorted[place]);
+      }
+      return sum;
+    };
+    if (is_any_long(all, blocks_of)) return false;
+    finish(own < m.stretches ? blocks_of(own) : 0, true, 0);
+    if (thread_index() == 0) store(s.place, 0);
+    return true;
+  }
 
+  // Of the request that a stretch gets in a round, among those from the longest to the shortest.
+  DEVICE int place_of(int round, int stretch) const {
+    return round * m.stretches + (round % 2 == 0 ? stretch : m.stretches - 1 - stretch);
+  }
+
+  // Equal stretches.
+  DEVICE void cut(int all) {
     int share = static_cast<int>(ceil_div(all, m.stretches));
-    for (int i = thread; is_cut && i <= m.stretches; i += threads)
-      store_global(p.cuts, i, int64_t(i) * share < all ? i * share : all);
-    if (thread == 0) store_global(p.cuts, m.stretches + 1, static_cast<int32_t>(is_cut));
+    int begin = static_cast<int>(int64_t(own) * share < all ? own * share : all);
+    finish(all - begin < share ? all - begin : share, false, share);
+    for_requests([&](int request, int start, int blocks) {
+      if (start <= begin && begin < start + blocks) {
+        store(s.place, request);
+        store(s.first, begin - start);
+      }
+      if (block_index() == 0) store_global(starts, request, start);
+    });
+    if (block_index() == 0 && thread_index() == 0) store_global(starts, m.batch, all);
   }
 
-  // Fills `starts`; how many blocks there are.
-  DEVICE static int lay_out(const Params& p, Smem& s) {
-    const MlaSizes& m = p.sizes;
-    int thread = thread_index(), lane = lane_index(), warp = thread / warp_size, all = 0;
-    bar_sync(0, threads);
-    for (int first = 0; first < m.batch; first += threads) {
-      int place = first + thread;
-      int own = place < m.batch ? key_blocks_of(length_of(m, load_global<int32_t>(m.order, place))) : 0;
-      int sum = sum_up_to(own);
-      if (lane == warp_size - 1) store(s.of_warp[warp], sum);
-      bar_sync(0, threads);
-      int of_warps = sum_up_to(load(s.of_warp[lane]));
-      int before = all + (warp > 0 ? shfl(of_warps, warp - 1) : 0);
-      if (place < m.batch) store_global(p.starts, place, before + sum - own);
-      all += shfl(of_warps, warps - 1);
-      bar_sync(0, threads);
-    }
-    if (thread == 0) store_global(p.starts, m.batch, all);
-    bar_sync(0, threads);
-    return all;
-  }
-
-  // Of the lanes up to this one.
-  DEVICE static int sum_up_to(int x) {
-    for (int distance = 1; distance < warp_size; distance *= 2) {
-      int other = shfl(x, lane_index() < distance ? lane_index() : lane_index() - distance);
-      if (lane_index() >= distance) x += other;
-    }
-    return x;
-  }
-
-  DEVICE static int stretch_of(const MlaSizes& m, int place, int all) {
-    int64_t twice = int64_t(load_global<int32_t>(m.starts, place)) + load_global<int32_t>(m.starts, place + 1);
-    return static_cast<int>(twice * m.stretches / (2 * int64_t(all)));
+  DEVICE void finish(int length, bool is_dealt, int share) {
+    if (thread_index() != 0) return;
+    store(s.index, own);
+    store(s.length, length);
+    store(s.is_dealt, static_cast<int32_t>(is_dealt));
+    if (block_index() == 0) store_global(starts, m.batch + 1, share);
   }
 
   // Whether a stretch is longer than an equal one by more than it costs to write, read and merge partial results: about
-  // as much as a block of keys for every 16 blocks of threads that would share a request; and a sixteenth is not worth
+  // as much as a block of keys for every 6 blocks of threads that would share a request; and a sixteenth is not worth
   // it.
-  DEVICE static bool is_any_long(const MlaSizes& m, Smem& s, int all) {
-    bar_sync(0, threads);
-    int thread = thread_index(), share = static_cast<int>(ceil_div(all, m.stretches));
+  template <typename F>
+  DEVICE bool is_any_long(int all, F&& blocks_of) {
+    int share = static_cast<int>(ceil_div(all, m.stretches)), stretch = thread_index();
     int shared = (m.batch < m.stretches ? m.batch : m.stretches) * m.together;
-    bool is_long = false;
-    for (int i = thread; i < m.stretches; i += threads)
-      is_long |=
-          load_global<int32_t>(m.cuts, i + 1) - load_global<int32_t>(m.cuts, i) > share + share / 16 + shared / 16;
+    bool is_long = stretch < m.stretches && blocks_of(stretch) > share + share / 16 + shared / 6;
     uint32_t long_lanes = ballot(is_long);
-    if (lane_index() == 0) store(s.of_warp[thread / warp_size], static_cast<int32_t>(long_lanes));
+    bar_sync(0, threads);  // of_warp has been read
+    if (lane_index() == 0) store(smem.of_warp[thread_index() / warp_size], static_cast<int32_t>(long_lanes));
     bar_sync(0, threads);
-    bool any = ballot(load(s.of_warp[lane_index()]) != 0) != 0;
-    bar_sync(0, threads);
+    bool any = false;
+    for (int i = 0; i < warps; ++i) any |= load(smem.of_warp[i]) != 0;
     return any;
   }
 
-  // Fills `order` for stretches of requests from the longest to the shortest, dealt back and forth.
-  DEVICE static void sort(const Params& p, Smem& s) {
-    const MlaSizes& m = p.sizes;
-    int request = thread_index(), own = request < m.batch ? key_blocks_of(length_of(m, request)) : 0;
-    store(s.blocks[request], own);
-    bar_sync(0, threads);
-    if (request >= m.batch) return;
-    int rank = 0;
-#pragma unroll 8
-    for (int i = 0; i < m.batch; ++i) {
-      int other = load(s.blocks[i]);
-      rank += other > own || (other == own && i < request);
+  // Calls f(request, start, blocks) for each request, by one thread, with where on the line it begins and its blocks of
+  // keys; where the line ends.
+  template <typename F>
+  DEVICE int for_requests(F&& f) {
+    int lane = lane_index(), warp = thread_index() / warp_size, all = 0;
+    for (int first = 0; first < m.batch; first += threads) {
+      int request = first + thread_index(), blocks = request < m.batch ? key_blocks_of(m, request) : 0, sum = blocks;
+      for (int distance = 1; distance < warp_size; distance *= 2) {
+        int other = shfl(sum, lane < distance ? lane : lane - distance);
+        if (lane >= distance) sum += other;
+      }
+      bar_sync(0, threads);  // of_warp has been read
+      if (lane == warp_size - 1) store(smem.of_warp[warp], sum);
+      bar_sync(0, threads);
+      int start = all + sum - blocks;
+      for (int i = 0; i < warps; ++i) {
+        int of_warp = load(smem.of_warp[i]);
+        all += of_warp;
+        if (i < warp) start += of_warp;
+      }
+      if (request < m.batch) f(request, start, blocks);
     }
-    int round = rank / m.stretches, column = rank % m.stretches;
-    int stretch = round % 2 == 0 ? column : m.stretches - 1 - column;
-    store_global(p.order, first_place(m, stretch) + round, request);
-  }
-
-  // Of a stretch, if requests were dealt: some have one more than the others, the first or the last ones.
-  DEVICE static int first_place(const MlaSizes& m, int stretch) {
-    int rounds = m.batch / m.stretches, rest = m.batch % m.stretches, others = m.stretches - rest;
-    int fuller = rounds % 2 == 0 ? (stretch < rest ? stretch : rest) : (stretch > others ? stretch - others : 0);
-    return stretch * rounds + fuller;
+    return all;
   }
 };
 
