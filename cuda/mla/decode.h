@@ -29,7 +29,7 @@ using NumberOf = std::conditional_t<std::is_same_v<Format, Packed>, bfloat16, Fo
 template <typename Format>
 struct MlaParams {
   TensorMap q, cache;            // [batch, rows, 576], [pages * page, 576]
-  TensorMap out, partial_out;    // [batch, rows, 512], [slots, 64, 512], of a few rows without the others
+  TensorMap out, partial_out;    // [batch, rows, 512], [slots, min(rows, 64), 512]
   Global<const uint8_t> packed;  // the cache, if it is: [pages * page, 656]
   Global<const int32_t> block_table;
   Global<float> lse, partial_lse;
@@ -683,7 +683,8 @@ struct MlaMergeKernel {
     }
   }
 
-  // The parts of row `to`, with the loads of `at_once` of them in flight together: for those beyond the last, its own.
+  // The parts of row `to`, with the loads of `at_once` of them in flight together; beyond the last part the last one
+  // again, with weight 0.
   template <int at_once>
   DEVICE static void merge(const Params& p, int64_t first, int parts, int64_t to) {
     int64_t step = p.sizes.row_groups * mla_rows;

@@ -52,9 +52,10 @@ DEVICE int slot_of(const MlaSizes& m, int run, int group) { return run * m.row_g
 // A block's stretch of the line, or, of dealt requests, a line of its own.
 struct MlaStretch {
   static constexpr int most_dealt = 64;
-  Shared<int32_t> place, first;  // the request that it begins in, as the line counts them, and that one's block of keys
-  Shared<int32_t> index, length;                // of blocks of keys
-  Shared<int32_t> is_dealt, dealt[most_dealt];  // the requests of its line, in order
+  Shared<int32_t> index;                        // among the stretches
+  Shared<int32_t> place, first;                 // the request that it begins in, and that one's block of keys
+  Shared<int32_t> length;                       // in blocks of keys
+  Shared<int32_t> is_dealt, dealt[most_dealt];  // then place counts these, else all requests
 };
 
 // The pieces of one block of threads, in order.
@@ -126,8 +127,8 @@ struct MlaSchedule {
   static constexpr int most_blocks = (1 << 21) - 1;  // that dealing tells apart
   static_assert(most_mla_parts <= threads);
 
-  struct Smem {
-    Shared<int32_t> keys[most_requests];       // to sort requests by; aligned, as the first
+  struct alignas(16) Smem {
+    Shared<int32_t> order[most_requests];      // numbers to sort requests by
     Shared<int32_t> sorted[most_requests];     // their blocks, from the most to the fewest
     Shared<int32_t> cuts[most_mla_parts + 1];  // where each stretch of whole requests begins, and the last ends
     Shared<int32_t> of_warp[warps];
@@ -140,7 +141,7 @@ struct MlaSchedule {
   int own = block_index() / m.together;  // stretch; there may be blocks that have none
 
   DEVICE void run() {
-    if (thread_index() == 0) {  // unless it is found to begin elsewhere
+    if (thread_index() == 0) {  // for those who find nothing else, or no request
       store(s.place, 0);
       store(s.first, 0);
     }
@@ -174,19 +175,19 @@ struct MlaSchedule {
   // Requests from the longest to the shortest, to one stretch after the other, back and forth.
   DEVICE bool deal(int all) {
     int padded = round_up(m.batch, 4);
-    auto key_of = [&](int request, int blocks) {  // no two have the same
+    auto order_of = [&](int request, int blocks) {  // no two have the same
       return (blocks < most_blocks ? blocks : most_blocks) * most_requests + most_requests - 1 - request;
     };
     for (int request = thread_index(); request < padded; request += threads)
-      store(smem.keys[request], request < m.batch ? key_of(request, key_blocks_of(m, request)) : 0);
+      store(smem.order[request], request < m.batch ? order_of(request, key_blocks_of(m, request)) : 0);
     bar_sync(0, threads);
     for (int request = thread_index(); request < m.batch; request += threads) {
-      int blocks = key_blocks_of(m, request), key = key_of(request, blocks), rank = 0;
+      int blocks = key_blocks_of(m, request), order = order_of(request, blocks), rank = 0;
 #pragma unroll 4
       for (int i = 0; i < padded; i += 4) {
-        auto others = load_pack<4>(smem.keys[i]);
+        auto others = load_pack<4>(smem.order[i]);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) rank += others.item[j] > key;
+        for (int j = 0; j < 4; ++j) rank += others.item[j] > order;
       }
       store(smem.sorted[rank], blocks);
       int round = rank / m.stretches;
@@ -236,13 +237,12 @@ struct MlaSchedule {
   }
 
   // Whether a stretch is longer than an equal one by more than it costs to write, read and merge partial results: about
-  // as much as a block of keys for every 6 blocks of threads that would share a request; and a sixteenth is not worth
-  // it.
+  // as much as a block of keys for every 6 groups of rows whose keys would be cut; and a sixteenth is not worth it.
   template <typename F>
   DEVICE bool is_any_long(int all, F&& blocks_of) {
     int share = static_cast<int>(ceil_div(all, m.stretches)), stretch = thread_index();
-    int shared = (m.batch < m.stretches ? m.batch : m.stretches) * m.together;
-    bool is_long = stretch < m.stretches && blocks_of(stretch) > share + share / 16 + shared / 6;
+    int cut_groups = (m.batch < m.stretches ? m.batch : m.stretches) * m.together;
+    bool is_long = stretch < m.stretches && blocks_of(stretch) - share > share / 16 + cut_groups / 6;
     uint32_t long_lanes = ballot(is_long);
     bar_sync(0, threads);  // of_warp has been read
     if (lane_index() == 0) store(smem.of_warp[thread_index() / warp_size], static_cast<int32_t>(long_lanes));
