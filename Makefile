@@ -1,5 +1,6 @@
 # make demo, make test, make bench: each does all the set-up that is missing. PYTHON chooses the interpreter,
-# INSTALL_FLAGS go to pip install: -Ccmake.define.JAXKERN_CUDA=OFF leaves the CUDA kernels out though nvcc is there.
+# INSTALL_FLAGS go to pip install: --config-settings=cmake.define.JAXKERN_CUDA=OFF leaves the CUDA kernels out though
+# nvcc is there.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python

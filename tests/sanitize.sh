@@ -14,7 +14,8 @@ if [ ! -x $venv/bin/python ]; then
   echo "$sites" >"$($venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth"
 fi
 $venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-  -C cmake.define.JAXKERN_SANITIZE=ON -C cmake.define.JAXKERN_CUDA=OFF -C cmake.define.JAXKERN_SIM=OFF -C build-dir=build/sanitize .
+  --config-settings=cmake.define.JAXKERN_SANITIZE=ON --config-settings=cmake.define.JAXKERN_CUDA=OFF \
+  --config-settings=cmake.define.JAXKERN_SIM=OFF --config-settings=build-dir=build/sanitize .
 asan=$("${CXX:-c++}" -print-file-name=libasan.so)
 ubsan=$("${CXX:-c++}" -print-file-name=libubsan.so)
 # CPython and jaxlib are not clean of leaks; the kernels own no memory that could leak.
