@@ -263,13 +263,13 @@ def test_large_logits_neither_overflow_nor_vanish():
     check(arrays, got, True)
 
 
-@pytest.mark.parametrize("num_splits", [1, 10])
+@pytest.mark.parametrize("num_splits", [1, 18])  # more parts than are merged at once
 @pytest.mark.parametrize("slope", [0.25, 0.02, -0.25])
 @pytest.mark.parametrize("dtype", [BF16, F16, FP8])
 def test_logits_that_grow_from_block_to_block(dtype, slope, num_splits):
     """By so much that what was summed before must be multiplied, by so little that it need not, and falling; in a run
     of blocks, and from part to part."""
-    q, cache, table, seq_lens = operands(1, 5, 64, [600, 33], dtype)
+    q, cache, table, seq_lens = operands(1, 5, 64, [1090, 33], dtype)  # the steepest ends at 272, exact in bfloat16
     tokens = jnp.arange(table.shape[1] * 64).reshape(1, -1, 64)
     rows = numbers(cache).at[table, :, 0].set((slope * tokens).astype(numbers(cache).dtype))
     cache = kv_cache.pack(rows) if dtype == FP8 else rows
