@@ -26,11 +26,7 @@ DEVICE void fill_table(const GroupList& list, GroupTable& table) {
     int size = group < list.count ? load_global<int32_t>(list.sizes, group) : 0;
     size = size < 0 ? 0 : size < limit ? size : limit;
     int64_t aligned = (int64_t(size) + list.alignment - 1) / list.alignment * list.alignment;
-    int end = aligned < limit ? aligned : limit;
-    for (int distance = 1; distance < warp_size; distance *= 2) {
-      int other = shfl(end, lane < distance ? lane : lane - distance);
-      if (lane >= distance) end += other;
-    }
+    int end = sum_up_to(static_cast<int>(aligned < limit ? aligned : limit));
     int before = shfl(end, lane == 0 ? 0 : lane - 1);
     int64_t start = list.stride ? int64_t(group) * list.stride : int64_t(begin) + (lane == 0 ? 0 : before);
     if (start > list.all) start = list.all;

@@ -32,6 +32,18 @@ DEVICE T shfl_xor(T value, int mask AND_WHERE) {
   SIM(return sim::unbits<T>(sim::shfl(sim::bits(value), (thread_index() % warp_size) ^ mask, where));)
 }
 
+// The sum over the lanes up to this one.
+template <typename T>
+DEVICE T sum_up_to(T x AND_WHERE) {
+  int lane = lane_index();
+#pragma unroll
+  for (int distance = 1; distance < warp_size; distance *= 2) {
+    T other = shfl(x, lane < distance ? lane : lane - distance SIM(, where));
+    if (lane >= distance) x += other;
+  }
+  return x;
+}
+
 // shfl.sync.idx in segments: the value of the lane that has of its number the bits `own` of this one's, and the others
 // of `lane`'s. Both are constants of the instruction.
 template <uint32_t own, typename T>

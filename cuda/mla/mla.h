@@ -35,6 +35,7 @@ struct MlaDecode {
   int64_t pages, page, table_pages;
 };
 
+// Where requests begin, and two more numbers: see schedule.h.
 constexpr int64_t mla_starts(int64_t batch) { return batch + 2; }
 
 // Partial results that there may be; one at least, for a buffer.

@@ -52,7 +52,7 @@ DEVICE int slot_of(const MlaSizes& m, int run, int group) { return run * m.row_g
 // A block's stretch of the line, or, of dealt requests, a line of its own.
 struct MlaStretch {
   static constexpr int most_dealt = 64;
-  Shared<int32_t> index;                        // among the stretches
+  Shared<int32_t> index;                        // among the stretches; here, as registers are scarce in a walk
   Shared<int32_t> place, first;                 // the request that it begins in, and that one's block of keys
   Shared<int32_t> length;                       // in blocks of keys
   Shared<int32_t> is_dealt, dealt[most_dealt];  // then place counts these, else all requests
@@ -62,7 +62,8 @@ struct MlaStretch {
 struct MlaWalk {
   const MlaSizes& m;
   const MlaStretch& s;
-  int place, first, left, group;  // left of the stretch
+  int place;               // as MlaStretch counts them; with num_splits the number of the piece
+  int first, left, group;  // left of the stretch
 
   DEVICE MlaWalk(const MlaSizes& m, const MlaStretch& s) : m(m), s(s) {
     if (m.splits > 0)
@@ -258,11 +259,8 @@ struct MlaSchedule {
   DEVICE int for_requests(F&& f) {
     int lane = lane_index(), warp = thread_index() / warp_size, all = 0;
     for (int first = 0; first < m.batch; first += threads) {
-      int request = first + thread_index(), blocks = request < m.batch ? key_blocks_of(m, request) : 0, sum = blocks;
-      for (int distance = 1; distance < warp_size; distance *= 2) {
-        int other = shfl(sum, lane < distance ? lane : lane - distance);
-        if (lane >= distance) sum += other;
-      }
+      int request = first + thread_index(), blocks = request < m.batch ? key_blocks_of(m, request) : 0;
+      int sum = sum_up_to(blocks);
       bar_sync(0, threads);  // of_warp has been read
       if (lane == warp_size - 1) store(smem.of_warp[warp], sum);
       bar_sync(0, threads);

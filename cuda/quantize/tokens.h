@@ -78,11 +78,8 @@ struct QuantizeTokens {
     int lane = lane_index(), before = 0;
     for (int first = 0; first < p.groups.count; first += warp_size) {
       int group = first + lane;
-      int own = group < p.groups.count ? ceil_div(load(s.groups.size[group]), block_k) : 0, sum = own;
-      for (int distance = 1; distance < warp_size; distance *= 2) {
-        int other = shfl(sum, lane < distance ? lane : lane - distance);
-        if (lane >= distance) sum += other;
-      }
+      int own = group < p.groups.count ? ceil_div(load(s.groups.size[group]), block_k) : 0;
+      int sum = sum_up_to(own);
       if (group < p.groups.count) store(s.first[group], before + sum - own);
       before += shfl(sum, warp_size - 1);
     }
