@@ -190,6 +190,7 @@ def cases(family: str | None, quick: bool) -> list[Case]:
         prefills = [(1, 4096, 128)] if quick else [(1, 4096, 128), (4, 1024, 128), (1, 16384, 16)]
         found += [prefill_case(*size, causal=True) for size in prefills]
         found += [] if quick else [prefill_case(*prefills[0], causal=False)]
+        found += [prefill_case(*size, causal=True, gradients=True) for size in prefills[:2]]
     if family in (None, "moe"):
         for tokens in (4096,) if quick else (4096, 128):
             found += moe_cases(tokens, 7168, 256, 8)
@@ -434,15 +435,16 @@ def mla_case(b: int, s: int, h: int, length: int, varied: bool, cache: str = "bf
     )
 
 
-def prefill_case(b: int, t: int, h: int, causal: bool) -> Case:
+def prefill_case(b: int, t: int, h: int, causal: bool, gradients: bool = False) -> Case:
     dk, dv = 192, 128
     scale = dk**-0.5
 
     def tensors(seed):
-        keys = jax.random.split(jax.random.key(seed), 3)
+        keys = jax.random.split(jax.random.key(seed), 4)
+        widths = {"q": dk, "k": dk, "v": dv, "d_out": dv}
         return {
             name: jax.random.normal(key, (b, t, h, d), BF16)
-            for name, key, d in zip("qkv", keys, (dk, dk, dv), strict=True)
+            for key, (name, d) in zip(keys, widths.items(), strict=True)
         }
 
     def ours(q, k, v):
@@ -458,21 +460,21 @@ def prefill_case(b: int, t: int, h: int, causal: bool) -> Case:
         v = jnp.pad(v, [(0, 0)] * 3 + [(0, dk - dv)])  # it takes keys and values of one width
         return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal, implementation="cudnn")[..., :dv]
 
-    def pick(x):
-        return x["q"], x["k"], x["v"]
+    def with_gradients(run):
+        return lambda q, k, v, d_out: jax.vjp(run, q, k, v)[1](d_out)
+
+    def form(run):
+        names = ("q", "k", "v", "d_out") if gradients else ("q", "k", "v")
+        return Form(with_gradients(run) if gradients else run, lambda x: tuple(x[name] for name in names), fp8=False)
 
     pairs = b * h * (t * (t + 1) // 2 if causal else t * t)
     return Case(
         "mla",
-        "mla_prefill",
+        "mla_prefill + gradients" if gradients else "mla_prefill",
         f"b{b} s{t} h{h}{' causal' if causal else ''}",
-        2 * pairs * (dk + dv),
+        2 * pairs * (dk + dv + gradients * (3 * dk + 2 * dv)),
         tensors,
-        {
-            "ours": Form(ours, pick, fp8=False),
-            "einsum": Form(einsums, pick, fp8=False),
-            "cuDNN, padded": Form(cudnn, pick, fp8=False),
-        },
+        {"ours": form(ours), "einsum": form(einsums), "cuDNN, padded": form(cudnn)},
         "einsum",
     )
 

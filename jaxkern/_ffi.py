@@ -35,6 +35,7 @@ class Kernel:
     layouts: (**params) -> (the operands', the results'): each array's axes from major to minor, None for row-major.
     attributes: the parameters that the target takes.
     operands: (*arrays, **params) -> what the target takes for the op's own operands; those of `Op.aliases` in place.
+    dtypes: (*avals, **params) -> those of the target's results, cast to the op's own; None where they are the same.
     refuses: (*avals, **params) -> why the kernel cannot run this call; empty if it can.
     workspaces: (*avals, **params) -> [(shape, dtype), ...]: further results of the target, row-major, kept by nobody.
     version: that of the targets, `jaxkern.<name>.v<version>` on GPUs and `jaxkern.sim.<name>.v<version>` on the CPU.
@@ -43,6 +44,7 @@ class Kernel:
     layouts: Callable
     attributes: tuple[str, ...] = ()
     operands: Callable = lambda *arrays, **_: arrays
+    dtypes: Callable | None = None
     refuses: Callable = lambda *avals, **_: ""
     workspaces: Callable = lambda *avals, **_: []
     version: int = 1
@@ -305,15 +307,17 @@ def _make_primitive(op: Op) -> Primitive:
 def _call_hopper(op: Op, implementation: str, results, *arrays, **params):
     operand_layouts, result_layouts = op.hopper.layouts(**params)
     workspaces = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in op.hopper.workspaces(*arrays, **params)]
+    dtypes = op.hopper.dtypes(*arrays, **params) if op.hopper.dtypes else [r.dtype for r in results]
     call = jax.ffi.ffi_call(
         op.target(implementation),
-        [*results, *workspaces],
+        [*(r.update(dtype=np.dtype(dtype)) for r, dtype in zip(results, dtypes, strict=True)), *workspaces],
         input_layouts=operand_layouts,
         output_layouts=(*result_layouts, *[None] * len(workspaces)),
         input_output_aliases=op.aliases,
     )
     attributes = {name: _attribute(params[name]) for name in op.hopper.attributes}
-    return call(*op.hopper.operands(*arrays, **params), **attributes)[: len(results)]
+    given = call(*op.hopper.operands(*arrays, **params), **attributes)
+    return [x.astype(r.dtype) for x, r in zip(given, results, strict=False)]
 
 
 def _like(aval, shape: Sequence[int], dtype):

@@ -194,12 +194,10 @@ def _prefill_forward(static, *arrays):
 def _prefill_backward(static, residuals, cotangents):
     softmax_scale, implementation = static
     q, k, v, first, last, out, lse = residuals
-    gradients = _ffi.call(
-        MLA_PREFILL_BACKWARD,
-        *_ffi.align(q, k, v, out, lse, *cotangents, first, last),
-        implementation="xla" if implementation in ("cuda", "sim") else implementation,
-        softmax_scale=softmax_scale,
-    )
+    arrays = _ffi.align(q, k, v, out, lse, *cotangents, first, last)
+    if implementation in ("cuda", "sim") and _hopper_refuses_prefill_backward(*arrays):
+        implementation = "xla"
+    gradients = _ffi.call(MLA_PREFILL_BACKWARD, *arrays, implementation=implementation, softmax_scale=softmax_scale)
     return *(d.astype(x.dtype) for d, x in zip(gradients, (q, k, v), strict=True)), None, None
 
 
@@ -349,11 +347,48 @@ MLA_PREFILL = _ffi.Op(
         refuses=_hopper_refuses_prefill,
     ),
 )
+
+
+def _hopper_refuses_prefill_backward(q, k, v, *_, **__):
+    if q.dtype == HALVES[1]:
+        return "of float16 there is none"
+    return _hopper_refuses_prefill(q, k, v)
+
+
+def _hopper_backward_operands(q, k, v, out, lse, d_out, d_lse, first, last, **_):
+    """What each query needs beside its row, and what blocks of 64 of them see: cuda/mla_prefill/mla_prefill.h."""
+    b, t = first.shape
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
+    delta = (
+        jax.lax.optimization_barrier(delta) - d_lse
+    )  # one fusion with the transposition would take six times as long
+    first, last = jnp.maximum(first, 0), jnp.minimum(last, t)
+    sees = first < last
+    rows = [jnp.swapaxes(jnp.where(sees[..., None], x, 0), 1, 2) for x in (lse * math.log2(math.e), delta)]
+    spans = jnp.where(sees, jnp.stack([first, last]), 0)
+    lse, delta, spans = (jnp.pad(x, [(0, 0), (0, 0), (0, -t % 128)]) for x in (*rows, spans))
+    first, last = spans.reshape(2, b, spans.shape[2] // 64, 64)
+    sees = first < last
+    bounds = (
+        jnp.where(sees, first, jnp.iinfo(jnp.int32).max).min(axis=-1),
+        last.max(axis=-1),
+        first.max(axis=-1),
+        last.min(axis=-1),
+    )
+    return q, k, v, d_out, lse, delta, spans, jnp.stack(bounds, axis=-1)
+
+
 MLA_PREFILL_BACKWARD = _ffi.Op(
     "mla_prefill_backward",
     lambda q, k, v, *rest, **_: [(x.shape, jnp.float32) for x in (q, k, v)],
     reference.mla_prefill_backward,
     part_of="mla_prefill",
     batch=_fold_all,
-    why="cuDNN's, through jax.nn.dot_product_attention, drops the gradient of lse",
+    hopper=_ffi.Kernel(
+        layouts=lambda **_: ((None,) * 8, (None,) * 3),
+        attributes=("softmax_scale",),
+        operands=_hopper_backward_operands,
+        dtypes=lambda q, k, v, *_, **__: (q.dtype, k.dtype, v.dtype),
+        refuses=_hopper_refuses_prefill_backward,
+    ),
 )

@@ -390,19 +390,109 @@ def test_a_value_that_is_nan_reaches_who_sees_it():
     np.testing.assert_array_equal(out[[0, 2]], expected[0][[0, 2]])
 
 
-@pytest.mark.parametrize("by_environment", [False, True])
-def test_prefill_gradients(by_environment, monkeypatch):
-    """Forward through the kernel, backward as without it."""
-    if by_environment:
-        monkeypatch.setenv("JAXKERN_IMPLEMENTATION", HOPPER_IMPLEMENTATION)
-    implementation = None if by_environment else HOPPER_IMPLEMENTATION
-    arrays = sequences(7, 1, 200, 2, 192, 128, BF16)
-    d_out, d_lse = cotangents(arrays[0], arrays[2])
-    call = functools.partial(mla_prefill, softmax_scale=192**-0.5, implementation=implementation)
-    _, backward = jax.vjp(call, *arrays)
-    expected = prefill_by_hand(*arrays, np.tri(200, dtype=bool)[None], 192**-0.5, d_out, d_lse)[2:]
-    for got, e in zip(backward((jnp.asarray(d_out), jnp.asarray(d_lse))), expected, strict=True):
-        assert got.dtype == jnp.bfloat16
+def gradients(arrays, cotangents, dk, implementation=HOPPER_IMPLEMENTATION, **kwargs):
+    call = functools.partial(mla_prefill, softmax_scale=dk**-0.5, implementation=implementation, **kwargs)
+    return [np.asarray(x) for x in jax.vjp(call, *arrays)[1](tuple(map(jnp.asarray, cotangents)))]
+
+
+def check_gradients(arrays, cotangents, got, sees, dk):
+    """Weights are rounded once, derivatives of logits once, out, which they are from, was, and each result is."""
+    q, k, v, d_out = (np.asarray(x).astype(np.float64) for x in (*arrays, cotangents[0]))
+    out, lse, *expected = prefill_by_hand(q, k, v, sees, dk**-0.5, d_out, cotangents[1])
+    logits = np.where(sees[:, None], np.einsum("bqhd,bkhd->bhqk", q, k) * dk**-0.5, -np.inf)
+    weights = np.exp(logits - np.swapaxes(np.maximum(lse, -1e300), 1, 2)[..., None])
+    delta = (np.abs(out * d_out).sum(axis=-1) + np.abs(cotangents[1])).swapaxes(1, 2)[..., None]
+    d_logits = weights * (np.abs(np.einsum("bqhd,bkhd->bhqk", d_out, v)) + delta) * dk**-0.5
+    magnitudes = (
+        2 * np.einsum("bhqk,bkhd->bqhd", d_logits, np.abs(k)),
+        2 * np.einsum("bhqk,bqhd->bkhd", d_logits, np.abs(q)),
+        np.einsum("bhqk,bqhd->bkhd", weights, np.abs(d_out)),
+    )
+    for g, e, magnitude in zip(got, expected, magnitudes, strict=True):
+        assert g.dtype == BF16
+        assert (np.abs(g.astype(np.float64) - e) <= 2.0**-8 * (magnitude + np.abs(e)) + 1e-6).all()
+        if (e != 0).any():
+            flash_mla_accepts(g, e, np.inf, 0, 2e-5)
+
+
+@pytest.mark.parametrize("tokens,heads,dk,causal", PREFILLS, ids=str)
+def test_prefill_gradients(tokens, heads, dk, causal, simulator):
+    arrays = sequences(tokens, 2, tokens, heads, dk, 128, BF16)
+    d = cotangents(arrays[0], arrays[2])
+    got = gradients(arrays, d, dk, causal=causal)
+    sees = np.tri(tokens, dtype=bool) if causal else np.ones((tokens, tokens), bool)
+    check_gradients(arrays, d, got, np.broadcast_to(sees, (2, tokens, tokens)), dk)
+    if HOPPER_IMPLEMENTATION == "sim":
+        for seed in range(1, 8):
+            simulator.configure(seed=seed)
+            for again, first in zip(gradients(arrays, d, dk, causal=causal), got, strict=True):
+                np.testing.assert_array_equal(again, first)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_prefill_gradients_of_padded_sequences(causal):
+    """What lies past the end, of operands and of cotangents, may be anything."""
+    t, lengths = 290, np.array([290, 131, 0, 1, 128])
+    inside = np.arange(t) < lengths[:, None]
+    arrays = sequences(3, 5, t, 3, 192, 128, BF16)
+    d = cotangents(arrays[0], arrays[2])
+    sees = inside[:, None, :] & inside[:, :, None] & (np.tri(t, dtype=bool) | (not causal))
+    kwargs = {"causal": causal, "seq_lens": jnp.asarray(lengths, jnp.int32)}
+    got = gradients(arrays, d, 192, **kwargs)
+    check_gradients(arrays, [np.where(inside.reshape(5, t, *[1] * (x.ndim - 2)), x, 0) for x in d], got, sees, 192)
+    q, k, v, *d = (jnp.where(inside.reshape(5, t, *[1] * (x.ndim - 2)), x, jnp.nan) for x in (*arrays, *d))
+    for again, first in zip(gradients((q, k, v), d, 192, **kwargs), got, strict=True):
+        np.testing.assert_array_equal(again, first)
+        assert not again[~inside].any()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_prefill_gradients_of_packed_sequences(causal):
+    t, ends = 600, [3, 40, 40, 100, 480, 597]
+    arrays = sequences(4, 1, t, 2, 192, 128, BF16)
+    d = cotangents(arrays[0], arrays[2])
+    sequence = np.searchsorted(ends, np.arange(t), side="right") - 1
+    sequence = np.where(sequence < len(ends) - 1, sequence, -1)
+    sees = (sequence[:, None] == sequence) & (sequence >= 0) & (np.tri(t, dtype=bool) | (not causal))
+    outside = jnp.asarray(sequence < 0)[:, None, None]
+    packed = [jnp.where(outside, jnp.inf, x[0]) for x in arrays]
+    got = gradients(packed, [x[0] for x in d], 192, causal=causal, cu_seqlens=jnp.asarray(ends, jnp.int32))
+    d = [np.where((sequence < 0).reshape(1, t, *[1] * (x.ndim - 2)), 0, x) for x in d]
+    check_gradients(arrays, d, [x[None] for x in got], sees[None], 192)
+
+
+def test_prefill_gradients_of_large_logits_and_of_lse_alone():
+    q, k, v = sequences(6, 1, 300, 2, 128, 128, BF16)
+    arrays = q * BF16(20), k, v
+    d_out, d_lse = cotangents(q, v)
+    for d in ((d_out, d_lse), (np.zeros_like(d_out), d_lse)):
+        check_gradients(arrays, d, gradients(arrays, d, 128, causal=False), np.ones((1, 300, 300), bool), 128)
+
+
+@pytest.mark.skipif(HOPPER_IMPLEMENTATION == "sim", reason="for a GPU's number of multiprocessors")
+def test_prefill_gradients_of_more_tiles_than_multiprocessors():
+    arrays = sequences(8, 2, 600, 45, 192, 128, BF16)
+    d = cotangents(arrays[0], arrays[2])
+    sees = np.broadcast_to(np.tri(600, dtype=bool), (2, 600, 600))
+    check_gradients(arrays, d, gradients(arrays, d, 192), sees, 192)
+
+
+def test_prefill_gradients_of_nothing():
+    for b, h in ((0, 2), (2, 0)):
+        arrays = sequences(0, b, 130, h, 192, 128, BF16)
+        for got, x in zip(gradients(arrays, cotangents(arrays[0], arrays[2]), 192), arrays, strict=True):
+            assert got.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_prefill_gradients_by_environment(dtype, monkeypatch):
+    """Of float16 they are the reference's."""
+    monkeypatch.setenv("JAXKERN_IMPLEMENTATION", HOPPER_IMPLEMENTATION)
+    arrays = sequences(7, 1, 200, 2, 192, 128, dtype)
+    d = cotangents(arrays[0], arrays[2])
+    expected = prefill_by_hand(*arrays, np.tri(200, dtype=bool)[None], 192**-0.5, *d)[2:]
+    for got, e in zip(gradients(arrays, d, 192, implementation=None), expected, strict=True):
+        assert got.dtype == dtype
         flash_mla_accepts(got, e, 1e-2 * np.abs(e).max(), 1 / 64, 2e-5)
 
 

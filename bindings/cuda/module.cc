@@ -28,7 +28,8 @@ using namespace nb::literals;
   HANDLER(kv_cache_append, 1)       \
   HANDLER(mla_decode, 1)            \
   HANDLER(merge_attention, 1)       \
-  HANDLER(mla_prefill, 1)
+  HANDLER(mla_prefill, 1)           \
+  HANDLER(mla_prefill_backward, 1)
 
 using Handler = XLA_FFI_Error*(XLA_FFI_CallFrame*);
 #define JAXKERN_DECLARE(name, version)  \

@@ -252,12 +252,14 @@ DEVICE void wgmma_wait_group(float (&d)[count] AND_WHERE) {
   SIM(sim::wgmma_wait_group(pending, {d}, where);)
 }
 
-template <int pending, int count>
-DEVICE void wgmma_wait_group(float (&d)[count], float (&e)[count] AND_WHERE) {
+template <int pending, int count, int other_count>
+DEVICE void wgmma_wait_group(float (&d)[count], float (&e)[other_count] AND_WHERE) {
 #ifndef JAXKERN_SIM
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 #pragma unroll
-  for (int i = 0; i < count; ++i) asm volatile("" : "+f"(d[i]), "+f"(e[i])::"memory");
+  for (int i = 0; i < count; ++i) asm volatile("" : "+f"(d[i])::"memory");
+#pragma unroll
+  for (int i = 0; i < other_count; ++i) asm volatile("" : "+f"(e[i])::"memory");
 #endif
   SIM(sim::wgmma_wait_group(pending, {d, e}, where);)
 }

@@ -11,6 +11,7 @@
 
 #include "cuda/fours.h"
 #include "cuda/mla_prefill/mla_prefill.h"
+#include "cuda/mla_prefill/tiles.h"
 #include "cuda/ring.h"
 #include "cuda/softmax.h"
 
@@ -20,10 +21,9 @@ struct MlaPrefillParams {
   TensorMap q, k, v, out;  // [batch, tokens, heads * width]
   Global<const int32_t> first, last;
   Global<float> lse;
-  int batch, tokens, heads;
-  int tiles;            // of a head's queries
-  int together, units;  // heads, 1 or 2, of which a block of threads takes a tile each; how often one does
-  float scale_log2;     // softmax_scale * log2(e)
+  HeadTiles tiles;  // of queries
+  int tokens;
+  float scale_log2;  // softmax_scale * log2(e)
 };
 
 template <typename Number, int key_width>
@@ -77,26 +77,13 @@ struct MlaPrefillKernel {
 
   // ---- work ----
 
-  // The tiles of a head are neighbours: blocks of threads that run together share its keys in L2. A block takes a tile
-  // of one head and then one of the next head, from the other end: with causal spans all such pairs are as long.
-  struct Walk {
-    int unit = block_index(), part = 0, batch, head, query;  // `query`: the tile's first
+  struct Walk : HeadWalk {
+    int query;  // the tile's first
 
     DEVICE bool next(const Params& p) {
-      int index;  // of a head of a sequence
-      do {
-        if (unit >= p.units) return false;
-        int tile = unit % p.tiles;
-        query = (part == 0 ? p.tiles - 1 - tile : tile) * query_rows;
-        index = unit / p.tiles * p.together + part;
-        if (++part == p.together) {
-          part = 0;
-          unit += grid_size();
-        }
-      } while (index >= p.batch * p.heads);  // the last head may be alone
-      head = index % p.heads;
-      batch = index / p.heads;
-      return true;
+      bool any = HeadWalk::next(p.tiles);
+      query = tile * query_rows;
+      return any;
     }
   };
 
@@ -320,7 +307,7 @@ struct MlaPrefillKernel {
       inverse[j] = sum == 0 ? 0 : rcp(sum);
       int token = tile.query + group * 64 + fragment_row(2 * j);
       if (lane_index() % 4 == 0 && token < p.tokens)
-        store_global(p.lse, (int64_t(tile.batch) * p.tokens + token) * p.heads + tile.head,
+        store_global(p.lse, (int64_t(tile.batch) * p.tokens + token) * p.tiles.heads + tile.head,
                      rows.log2_sum(j, sum) * ln2);
     }
     int lane = lane_index(), row = lane % 16, first = thread_index() % warpgroup_size / warp_size * 16;

@@ -27,7 +27,27 @@ struct MlaPrefill {
 
 Error mla_prefill(const MlaPrefill& prefill, Stream stream);
 
-// Load every kernel that it may launch, on the current device.
+// Its gradients. Of rows that are made for them there is one for each token, and more up to a multiple of
+// prefill_tile_rows, which see nothing.
+struct MlaPrefillBackward {
+  const void *q, *k, *v;  // as above, bfloat16
+  const void* d_out;      // as v
+  const float* lse;       // [batch, heads, rows], logarithm to base 2
+  const float* delta;     // [batch, heads, rows]: the sum of out d_out over columns, less the derivative of lse
+  const int32_t* spans;   // [2, batch, rows]: first and last, 0 <= first < last <= tokens, or both 0
+  // [batch, rows / 64, 4], of 64 rows: least first and most last of those that see keys, most first and least last of
+  // all.
+  const int32_t* bounds;
+  void *dq, *dk, *dv;  // as q, k, v
+  float softmax_scale;
+  int64_t batch, tokens, heads, key_width;
+};
+constexpr int prefill_tile_rows = 128;
+
+Error mla_prefill_backward(const MlaPrefillBackward& prefill, Stream stream);
+
+// Load every kernel that they may launch, on the current device.
 Error prepare_mla_prefill();
+Error prepare_mla_prefill_backward();
 
 }  // namespace jaxkern::cuda
