@@ -334,6 +334,9 @@ def simulate(seeds: int = 8) -> tuple[dict[str, Row], str]:
     def normal(*shape):
         return jnp.asarray(random.standard_normal(shape, np.float32))
 
+    def gradients(call, arrays, cotangents, implementation):
+        return jax.vjp(functools.partial(call, implementation=implementation), *arrays)[1](cotangents)
+
     def check(call, **tolerance):
         want = reference_of(call)
         for seed in range(seeds):
@@ -384,8 +387,12 @@ def simulate(seeds: int = 8) -> tuple[dict[str, Row], str]:
             check(call, rtol=2.0**-6, atol=2e-3)
     for b, tokens, heads, width in PREFILLED:
         for dtype in (jnp.bfloat16, jnp.float16):
-            arrays = (normal(b, tokens, heads, d).astype(dtype) for d in (width, width, 128))
-            check(functools.partial(mla_prefill, *arrays, softmax_scale=width**-0.5), rtol=2.0**-6, atol=1e-2)
+            arrays = [normal(b, tokens, heads, d).astype(dtype) for d in (width, width, 128)]
+            call = functools.partial(mla_prefill, softmax_scale=width**-0.5)
+            check(functools.partial(call, *arrays), rtol=2.0**-6, atol=1e-2)
+            cotangents = normal(b, tokens, heads, 128).astype(dtype), normal(b, tokens, heads)
+            if dtype == jnp.bfloat16:  # the gradients of float16 are the reference's
+                check(functools.partial(gradients, call, arrays, cotangents), rtol=2.0**-6, atol=2e-2)
     requests, tokens, page = APPENDED
     table = jnp.asarray(random.permutation(2 * requests).reshape(requests, 2), jnp.int32)
     positions = jnp.asarray(random.integers(0, 2 * page, (requests, tokens)), jnp.int32)

@@ -146,9 +146,9 @@ def mla_prefill(
     Gradient: of out and lse, with respect to q, k and v. Results and gradients have the same bits on every run and on
         any number of threads.
     Implementations: cpu, xla; cuda and sim for dk 192 or 128 and dv 128, of q, k and v all bfloat16 or all float16.
-        There a NaN or an infinity in v may reach queries that do not see its token, if they see any. On a GPU, and with
-        sim, the gradient is xla's, block by block. (cuDNN's kernel, as jax.nn.dot_product_attention offers it, takes
-        keys and values of one width, returns lse rounded to 16 bits and drops the gradient of lse.)
+        There a NaN or an infinity may reach results and gradients of tokens that do not see its own, if they see any,
+        and the gradient of float16 is xla's, block by block. (cuDNN's kernel, as jax.nn.dot_product_attention offers
+        it, takes keys and values of one width, returns lse rounded to 16 bits and drops the gradient of lse.)
     Errors: TypeError for a dtype, ValueError for a shape or for both seq_lens and cu_seqlens.
     Source: DeepSeek-V2 report, section 2.1; FlashAttention-2.
     """
@@ -358,10 +358,8 @@ def _hopper_refuses_prefill_backward(q, k, v, *_, **__):
 def _hopper_backward_operands(q, k, v, out, lse, d_out, d_lse, first, last, **_):
     """What each query needs beside its row, and what blocks of 64 of them see: cuda/mla_prefill/mla_prefill.h."""
     b, t = first.shape
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)
-    delta = (
-        jax.lax.optimization_barrier(delta) - d_lse
-    )  # one fusion with the transposition would take six times as long
+    # Without the barrier XLA may make one fusion of the sum and the transposition, which takes six times as long.
+    delta = jax.lax.optimization_barrier((d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)) - d_lse
     first, last = jnp.maximum(first, 0), jnp.minimum(last, t)
     sees = first < last
     rows = [jnp.swapaxes(jnp.where(sees[..., None], x, 0), 1, 2) for x in (lse * math.log2(math.e), delta)]

@@ -612,6 +612,7 @@ CASES = [
         },
         specs=(ROWS, ROWS, ROWS, ROWS),
         out_specs=(ROWS, ROWS),
+        grad=("q", "k", "v"),
         symbolic=("b, 24, 2, 192", "b, 24, 2, 192", "b, 24, 2, 128", "b"),
         mismatch=(("k", 3), ("v", 1), ("seq_lens", 0)),
         primitive="jaxkern_mla_prefill",

@@ -36,7 +36,7 @@ def case_without_gpu(case):
 MACHINE = {"copy_bytes_per_s": 1e12, "bf16_flops_per_s": 1e14}
 
 
-@pytest.mark.parametrize("arguments, cases", [([], 102), (["--family", "quantize"], 2), (["--quick"], 32)])
+@pytest.mark.parametrize("arguments, cases", [([], 104), (["--family", "quantize"], 2), (["--quick"], 33)])
 def test_plan(arguments, cases, capsys):
     assert gpu.main(["--plan", *arguments]) == 0
     out = capsys.readouterr().out
