@@ -916,7 +916,7 @@ def print_plan(plan: list[Case], tests: bool):
         print(f"value tests: {' '.join(TESTS)}, on the GPU")
         print(f"conformance: {CONFORMANCE}, compiled by nvcc, on the GPU")
     for case in plan:
-        print(f"{case.name:18} {case.shape:22} {' | '.join(case.forms)}")
+        print(f"{case.name:24} {case.shape:22} {' | '.join(case.forms)}")
     calls = sum(len(case.forms) for case in plan)
     print(f"{len(plan)} cases, {calls} rows: each the median of {SAMPLES}, {FLUSH_BYTES >> 20} MiB written before each")
 
@@ -924,9 +924,9 @@ def print_plan(plan: list[Case], tests: bool):
 def print_rows(rows: list[Row] = (), heading: bool = False):
     if heading:
         numbers = f"{'us':>9} {'TFLOP/s':>8} {'GB/s':>6} {'copy':>5} {'matrix':>6} {'gain':>5}"
-        print(f"{'op':18} {'shape':22} {'form':24} {numbers}")
+        print(f"{'op':24} {'shape':22} {'form':24} {numbers}")
     for row in rows:
-        start = f"{row.name:18} {row.shape:22} {row.form:24}"
+        start = f"{row.name:24} {row.shape:22} {row.form:24}"
         if row.skipped:
             print(f"{start} skipped: {row.skipped}")
             continue
