@@ -180,12 +180,14 @@ void transpose_slabs(const float* from, int64_t width, int64_t count, float scal
 
 enum class To { write, add };
 
-// Slabs as rows of the tokens [begin, begin + count).
+// Slabs as rows of the tokens [begin, begin + count). What is no token has zeros, whatever its slab: a product computes
+// several rows at once, and 0 * NaN of a token's is NaN.
 void unpack(const float* from, int64_t begin, int64_t count, To how, const Rows& x) {
   for (int64_t row = 0; row < count; ++row) {
     float* to = static_cast<float*>(x.data) + (begin + row) * x.stride;
     for (int64_t i = 0; i < x.width; i += kLanes) {
-      f32v v = load(from + i / kPanel * kSlab + row * kPanel + i % kPanel);
+      f32v v = {};
+      if (x.first[begin + row] < x.last[begin + row]) v = load(from + i / kPanel * kSlab + row * kPanel + i % kPanel);
       if (how == To::add) v += load_lanes(to + i, x.width - i);
       store_lanes(to + i, v, x.width - i);
     }

@@ -35,7 +35,7 @@ class Kernel:
     layouts: (**params) -> (the operands', the results'): each array's axes from major to minor, None for row-major.
     attributes: the parameters that the target takes.
     operands: (*arrays, **params) -> what the target takes for the op's own operands; those of `Op.aliases` in place.
-    dtypes: (*avals, **params) -> those of the target's results, cast to the op's own; None where they are the same.
+    dtypes: (*avals, **params) -> those of the target's results, which are cast to the op's; None: they are the op's.
     refuses: (*avals, **params) -> why the kernel cannot run this call; empty if it can.
     workspaces: (*avals, **params) -> [(shape, dtype), ...]: further results of the target, row-major, kept by nobody.
     version: that of the targets, `jaxkern.<name>.v<version>` on GPUs and `jaxkern.sim.<name>.v<version>` on the CPU.

@@ -146,9 +146,9 @@ def mla_prefill(
     Gradient: of out and lse, with respect to q, k and v. Results and gradients have the same bits on every run and on
         any number of threads.
     Implementations: cpu, xla; cuda and sim for dk 192 or 128 and dv 128, of q, k and v all bfloat16 or all float16.
-        There a NaN or an infinity may reach results and gradients of tokens that do not see its own, if they see any,
-        and the gradient of float16 is xla's, block by block. (cuDNN's kernel, as jax.nn.dot_product_attention offers
-        it, takes keys and values of one width, returns lse rounded to 16 bits and drops the gradient of lse.)
+        There the gradient of float16 is xla's, block by block. With any of them a NaN or an infinity may reach tokens
+        that do not see its own, if they see any. (cuDNN's kernel, as jax.nn.dot_product_attention offers it, takes keys
+        and values of one width, returns lse rounded to 16 bits and drops the gradient of lse.)
     Errors: TypeError for a dtype, ValueError for a shape or for both seq_lens and cu_seqlens.
     Source: DeepSeek-V2 report, section 2.1; FlashAttention-2.
     """
@@ -355,23 +355,27 @@ def _hopper_refuses_prefill_backward(q, k, v, *_, **__):
     return _hopper_refuses_prefill(q, k, v)
 
 
+TILE, BLOCK = 128, 64  # rows: prefill_tile_rows, prefill_block_rows
+
+
 def _hopper_backward_operands(q, k, v, out, lse, d_out, d_lse, first, last, **_):
-    """What each query needs beside its row, and what blocks of 64 of them see: cuda/mla_prefill/mla_prefill.h."""
+    """What each query needs beside its row, and what blocks of them see: cuda/mla_prefill/mla_prefill.h."""
     b, t = first.shape
     # Without the barrier XLA may make one fusion of the sum and the transposition, which takes six times as long.
     delta = jax.lax.optimization_barrier((d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)) - d_lse
     first, last = jnp.maximum(first, 0), jnp.minimum(last, t)
     sees = first < last
-    rows = [jnp.swapaxes(jnp.where(sees[..., None], x, 0), 1, 2) for x in (lse * math.log2(math.e), delta)]
-    spans = jnp.where(sees, jnp.stack([first, last]), 0)
-    lse, delta, spans = (jnp.pad(x, [(0, 0), (0, 0), (0, -t % 128)]) for x in (*rows, spans))
-    first, last = spans.reshape(2, b, spans.shape[2] // 64, 64)
-    sees = first < last
+    lse = jnp.where(lse == -jnp.inf, 0, lse * math.log2(math.e))
+    rows = jnp.swapaxes(lse, 1, 2), jnp.swapaxes(delta, 1, 2), jnp.where(sees, jnp.stack([first, last]), 0)
+    lse, delta, spans = (jnp.pad(x, [(0, 0), (0, 0), (0, -t % TILE)]) for x in rows)
+    first, last = spans.reshape(2, b, spans.shape[2] // BLOCK, BLOCK)
+    most = jnp.iinfo(jnp.int32).max
+    exists = jnp.arange(spans.shape[2]).reshape(-1, BLOCK) < t
     bounds = (
-        jnp.where(sees, first, jnp.iinfo(jnp.int32).max).min(axis=-1),
+        jnp.where(first < last, first, most).min(axis=-1),
         last.max(axis=-1),
         first.max(axis=-1),
-        last.min(axis=-1),
+        jnp.where(exists, last, most).min(axis=-1),
     )
     return q, k, v, d_out, lse, delta, spans, jnp.stack(bounds, axis=-1)
 

@@ -625,6 +625,18 @@ def test_prefill_of_padded_sequences(t, implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("t", [33, 600])
+def test_a_nan_reaches_nothing_that_is_no_token(t, implementation):
+    arrays = sequences(t, 2, t, 2, 24, 16)
+    arrays = [x.at[0, t // 3].set(jnp.nan) for x in (*arrays, *map(jnp.asarray, cotangents(arrays[0], arrays[2])))]
+    kwargs = dict(softmax_scale=0.3, seq_lens=jnp.array([t // 2, t], jnp.int32), implementation=implementation)
+    out, lse, *gradients = prefill_and_gradients(*arrays, **kwargs)
+    assert np.isnan(out[0, t // 3]).all() and (lse[0, t // 2 :] == -jnp.inf).all()
+    for x in (out, *gradients):
+        assert not x[0, t // 2 :].any() and np.isfinite(x[1]).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("t", [40, 600])
 def test_prefill_of_packed_sequences(t, implementation):
     cu_seqlens = [2, 9, 9, t // 2, t - 3]  # one is empty; five tokens, which may be anything, belong to none

@@ -74,7 +74,7 @@ ffi::Error mla_prefill_backward(cuda::Stream stream, Buffer q, Buffer k, Buffer 
   check.dtype("delta", delta, {F32});
   check.shape("spans", spans, {2, batch, rows});
   check.dtype("spans", spans, {S32});
-  check.shape("bounds", bounds, {batch, rows / 64, 4});
+  check.shape("bounds", bounds, {batch, rows / cuda::prefill_block_rows, 4});
   check.dtype("bounds", bounds, {S32});
   check.shape("dq", *dq, {batch, tokens, heads, width});
   check.dtype("dq", *dq, {BF16});

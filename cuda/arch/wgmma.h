@@ -7,6 +7,8 @@
 // and of a 16-bit A, in register i, the pair of row as above with 8 (i % 2) and columns 2 (t % 4) + 8 (i / 2) and one
 // more; of an e4m3 A four columns from 4 (t % 4) + 16 (i / 2) on.
 //
+// Of an A in shared memory a warp reads the rows of its own part of D alone, as FlashAttention-3 relies on, too.
+//
 // The instructions are asynchronous: from the first one to wgmma_wait_group nobody may touch D, A's registers or the
 // shared memory that A and B are read from. A group begins with wgmma_fence.
 #pragma once

@@ -4,8 +4,8 @@
 //   MlaPrefillQueriesKernel   dq of 128 queries of one head: a loop over blocks of 64 keys that they see
 //
 // Both compute the weights again, from the logits and lse. A persistent block of threads for each multiprocessor walks
-// over tiles; warpgroups 0 and 1 multiply, each for 64 keys or queries of the tile, and one works on weights while the
-// tensor cores are at the other's products; warp 8 has the copy engine bring what they read.
+// over tiles; warpgroups 0 and 1 multiply, each for 64 keys or queries of the tile, and one may work on weights while
+// the tensor cores are at the other's products; warp 8 has the copy engine bring what they read.
 //
 // With weights w and dw = d_out v^T of one head, as in FlashAttention-2:
 //   dv = w^T d_out,  dl = w (dw - delta),  dk = dl^T q softmax_scale,  dq = dl k softmax_scale
@@ -15,7 +15,6 @@
 #include "cuda/mla_prefill/mla_prefill.h"
 #include "cuda/mla_prefill/tiles.h"
 #include "cuda/ring.h"
-#include "cuda/softmax.h"
 
 namespace jaxkern::cuda::kernels {
 
@@ -24,7 +23,7 @@ struct MlaPrefillBackwardParams {
   TensorMap dq, dk, dv;             // the same, 16 tokens at a time
   Global<const float> lse, delta;   // [batch, heads, padded]; lse to base 2
   Global<const int32_t> spans;      // [2, batch, padded]: see MlaPrefillBackward
-  Global<const int32_t> bounds;     // [batch, padded / 64, 4]
+  Global<const int32_t> bounds;     // [batch, padded / block_rows, 4]
   HeadTiles tiles;                  // of keys, or of queries
   int tokens, padded;               // tokens, and rounded up to whole tiles
   float softmax_scale, scale_log2;  // softmax_scale * log2(e)
@@ -35,6 +34,7 @@ struct MlaPrefillBackwardParams {
   DEVICE int last_of(int batch, int token) const {
     return load_global<int32_t>(spans, int64_t(tiles.batch + batch) * padded + token);
   }
+  DEVICE bool is_token(int batch, int token) const { return first_of(batch, token) < last_of(batch, token); }
 };
 
 // What both kernels share: operands of 64 or 128 rows in tiles of 64 numbers, and products of 64 rows.
@@ -42,13 +42,37 @@ template <int key_width>
 struct MlaPrefillBackwardShape {
   using Number = bfloat16;
   using Params = MlaPrefillBackwardParams;
-  static constexpr int tile_rows = 128, block_rows = 64, value_width = prefill_value_width;
+  static constexpr int tile_rows = prefill_tile_rows, block_rows = prefill_block_rows,
+                       value_width = prefill_value_width;
   static constexpr int key_tiles = key_width / 64, value_tiles = value_width / 64;
   static constexpr int math_threads = 2 * warpgroup_size, threads = math_threads + warpgroup_size;
   static constexpr int registers = 168, copy_registers = 40, math_registers = 232;
   template <int rows>
   using Rows = Tile<rows * 128>;
   using Weights = uint32_t[block_rows / 16][4];  // as the A of a wgmma
+
+  template <typename Kernel>
+  DEVICE static void run(const Params& p, typename Kernel::Smem& s) {
+    int warp = warp_index();
+    if (warp == 0 && elect()) {
+      for (const TensorMap* map : {&p.q, &p.k, &p.v, &p.d_out}) prefetch_tensormap(*map);
+      mbarrier_init(s.tile_full, 1);
+      mbarrier_init(s.tile_empty, math_threads / warp_size);
+      for (int i = 0; i < Kernel::stages; ++i) {
+        mbarrier_init(s.full[i], 1);
+        mbarrier_init(s.empty[i], math_threads / warp_size);
+      }
+      fence_mbarrier_init();
+    }
+    bar_sync(0, threads);
+    if (warp >= math_threads / warp_size) {
+      setmaxnreg_dec<copy_registers>();
+      if (warp == math_threads / warp_size) Kernel::produce(p, s);
+    } else {
+      setmaxnreg_inc<math_registers>();
+      Kernel::attend(p, s, warp / 4);
+    }
+  }
 
   template <int bytes, int tiles>
   DEVICE static void copy(Tile<bytes> (&to)[tiles], const TensorMap& map, int head, int token, int batch,
@@ -115,10 +139,11 @@ struct MlaPrefillBackwardShape {
   }
 
   // 64 rows of a gradient, times `scale`, by way of this warpgroup's half of an operand of the same shape: each warp
-  // stores the 16 rows that it alone has read there.
+  // stores the 16 rows that it alone has read there. Those that are no tokens are zero, whatever the others' keys and
+  // queries are.
   template <int tiles>
   DEVICE static void store_rows(const TensorMap& map, Rows<tile_rows> (&place)[tiles], int group, int head, int token,
-                                int batch, const float (&sums)[tiles * 32], float scale) {
+                                int batch, const bool (&is_token)[2], const float (&sums)[tiles * 32], float scale) {
     int lane = lane_index(), row = lane % 16, first = thread_index() % warpgroup_size / warp_size * 16;
 #pragma unroll
     for (int tile = 0; tile < tiles; ++tile) {
@@ -129,7 +154,7 @@ struct MlaPrefillBackwardShape {
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           int at = tile * 32 + i * 8 + 2 * j;
-          fragment[j] = cvt_bf16x2(sums[at] * scale, sums[at + 1] * scale);
+          fragment[j] = is_token[j % 2] ? cvt_bf16x2(sums[at] * scale, sums[at + 1] * scale) : 0;
         }
         stmatrix<4, false>(shared_address(own) + row * 128 + ((i * 2 + lane / 16) ^ row % 8) * 16, fragment);
       }
@@ -161,32 +186,12 @@ struct MlaPrefillKeysKernel : MlaPrefillBackwardShape<key_width> {
     alignas(16) Shared<float> lse[stages][block_rows], delta[stages][block_rows];
     alignas(16) Shared<int> first[stages][block_rows], last[stages][block_rows];
     Shared<int> state[stages];
-    Barrier keys_full, keys_empty, full[stages], empty[stages];
+    Barrier tile_full, tile_empty, full[stages], empty[stages];
   };
   // Of a stage: whether every query sees every key, some see some, some are no tokens either; or no more come.
   enum State { plain, masked, masked_and_unclean, ended };
 
-  DEVICE static void run(const Params& p, Smem& s) {
-    int warp = warp_index();
-    if (warp == 0 && elect()) {
-      for (const TensorMap* map : {&p.q, &p.k, &p.v, &p.d_out}) prefetch_tensormap(*map);
-      mbarrier_init(s.keys_full, 1);
-      mbarrier_init(s.keys_empty, math_threads / warp_size);
-      for (int i = 0; i < stages; ++i) {
-        mbarrier_init(s.full[i], 1);
-        mbarrier_init(s.empty[i], math_threads / warp_size);
-      }
-      fence_mbarrier_init();
-    }
-    bar_sync(0, threads);
-    if (warp >= math_threads / warp_size) {
-      setmaxnreg_dec<Shape::copy_registers>();
-      if (warp == math_threads / warp_size) produce(p, s);
-    } else {
-      setmaxnreg_inc<Shape::math_registers>();
-      attend(p, s, warp / 4);
-    }
-  }
+  DEVICE static void run(const Params& p, Smem& s) { Shape::template run<MlaPrefillKeysKernel>(p, s); }
 
   // With causal spans the first keys are seen by most queries: their tiles come first.
   struct Walk : HeadWalk {
@@ -206,10 +211,10 @@ struct MlaPrefillKeysKernel : MlaPrefillBackwardShape<key_width> {
     int blocks = p.padded / block_rows;
     for (uint32_t phase = 0; tile.next(p); phase ^= 1) {
       if (elect()) {
-        mbarrier_wait(s.keys_empty, phase ^ 1);
-        mbarrier_arrive_expect_tx(s.keys_full, sizeof(s.keys) + sizeof(s.values));
-        Shape::copy(s.keys, p.k, tile.head, tile.key, tile.batch, s.keys_full);
-        Shape::copy(s.values, p.v, tile.head, tile.key, tile.batch, s.keys_full);
+        mbarrier_wait(s.tile_empty, phase ^ 1);
+        mbarrier_arrive_expect_tx(s.tile_full, sizeof(s.keys) + sizeof(s.values));
+        Shape::copy(s.keys, p.k, tile.head, tile.key, tile.batch, s.tile_full);
+        Shape::copy(s.values, p.v, tile.head, tile.key, tile.batch, s.tile_full);
       }
       syncwarp();
       for (int base = 0; base < blocks; base += warp_size) {
@@ -218,7 +223,8 @@ struct MlaPrefillKeysKernel : MlaPrefillBackwardShape<key_width> {
         if (block < blocks)
           bounds = load_global<Pack<int32_t, 4>>(p.bounds, (int64_t(tile.batch) * blocks + block) * 4);
         uint32_t sees = ballot(bounds.item[0] < tile.key + tile_rows && tile.key < bounds.item[1]);
-        uint32_t all = ballot(bounds.item[2] <= tile.key && tile.key + tile_rows <= bounds.item[3]);
+        uint32_t all = ballot(bounds.item[2] <= tile.key && tile.key + tile_rows <= bounds.item[3] &&
+                              (block + 1) * block_rows <= p.tokens);
         uint32_t unclean = ballot(bounds.item[3] == 0);
         for (; sees != 0; sees &= sees - 1, at.advance()) {
           int i = lowest_bit(sees);
@@ -265,7 +271,7 @@ struct MlaPrefillKeysKernel : MlaPrefillBackwardShape<key_width> {
       for (int i = 0; i < key_width / 2; ++i) dk[i] = 0;
 #pragma unroll
       for (int i = 0; i < value_width / 2; ++i) dv[i] = 0;
-      mbarrier_wait(s.keys_full, phase);
+      mbarrier_wait(s.tile_full, phase);
       int key = tile.key + group * block_rows;
       for (;; at.advance()) {
         mbarrier_wait(s.full[at.stage], at.phase);
@@ -302,10 +308,13 @@ struct MlaPrefillKeysKernel : MlaPrefillBackwardShape<key_width> {
       }
       release(s.empty[at.stage]);
       at.advance();
-      Shape::store_rows(p.dk, s.keys, group, tile.head, key, tile.batch, dk, p.softmax_scale);
-      Shape::store_rows(p.dv, s.values, group, tile.head, key, tile.batch, dv, 1);
+      bool is_token[2];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) is_token[j] = p.is_token(tile.batch, key + fragment_row(2 * j));
+      Shape::store_rows(p.dk, s.keys, group, tile.head, key, tile.batch, is_token, dk, p.softmax_scale);
+      Shape::store_rows(p.dv, s.values, group, tile.head, key, tile.batch, is_token, dv, 1);
       if (lane_index() == 0) bulk_wait_group_read<0>();
-      release(s.keys_empty);
+      release(s.tile_empty);
     }
     if (lane_index() == 0) bulk_wait_group<0>();
   }
@@ -414,30 +423,10 @@ struct MlaPrefillQueriesKernel : MlaPrefillBackwardShape<key_width> {
     typename Shape::template Rows<block_rows> keys[stages][Shape::key_tiles], values[stages][Shape::value_tiles];
     Shared<uint32_t> exists[stages][2];  // a bit for each key of a stage
     Shared<int> blocks[2];               // of keys that the tile's queries see: the first, and the end
-    Barrier q_full, q_empty, full[stages], empty[stages];
+    Barrier tile_full, tile_empty, full[stages], empty[stages];
   };
 
-  DEVICE static void run(const Params& p, Smem& s) {
-    int warp = warp_index();
-    if (warp == 0 && elect()) {
-      for (const TensorMap* map : {&p.q, &p.k, &p.v, &p.d_out}) prefetch_tensormap(*map);
-      mbarrier_init(s.q_full, 1);
-      mbarrier_init(s.q_empty, math_threads / warp_size);
-      for (int i = 0; i < stages; ++i) {
-        mbarrier_init(s.full[i], 1);
-        mbarrier_init(s.empty[i], math_threads / warp_size);
-      }
-      fence_mbarrier_init();
-    }
-    bar_sync(0, threads);
-    if (warp >= math_threads / warp_size) {
-      setmaxnreg_dec<Shape::copy_registers>();
-      if (warp == math_threads / warp_size) produce(p, s);
-    } else {
-      setmaxnreg_inc<Shape::math_registers>();
-      attend(p, s, warp / 4);
-    }
-  }
+  DEVICE static void run(const Params& p, Smem& s) { Shape::template run<MlaPrefillQueriesKernel>(p, s); }
 
   struct Walk : HeadWalk {
     int query;  // the tile's first
@@ -465,12 +454,12 @@ struct MlaPrefillQueriesKernel : MlaPrefillBackwardShape<key_width> {
       begin /= block_rows;
       end = ceil_div(end, block_rows);
       if (elect()) {
-        mbarrier_wait(s.q_empty, phase ^ 1);
+        mbarrier_wait(s.tile_empty, phase ^ 1);
         store(s.blocks[0], begin);
         store(s.blocks[1], end);
-        mbarrier_arrive_expect_tx(s.q_full, sizeof(s.q) + sizeof(s.d_out));
-        Shape::copy(s.q, p.q, tile.head, tile.query, tile.batch, s.q_full);
-        Shape::copy(s.d_out, p.d_out, tile.head, tile.query, tile.batch, s.q_full);
+        mbarrier_arrive_expect_tx(s.tile_full, sizeof(s.q) + sizeof(s.d_out));
+        Shape::copy(s.q, p.q, tile.head, tile.query, tile.batch, s.tile_full);
+        Shape::copy(s.d_out, p.d_out, tile.head, tile.query, tile.batch, s.tile_full);
       }
       syncwarp();
       for (int block = begin; block < end; ++block, at.advance()) {
@@ -479,7 +468,7 @@ struct MlaPrefillQueriesKernel : MlaPrefillBackwardShape<key_width> {
         for (int i = 0; i < 2; ++i) {
           int token = block * block_rows + i * warp_size + lane_index();
           // Zeros are copied from beyond the tokens.
-          exists[i] = ballot(token >= p.tokens || p.first_of(tile.batch, token) < p.last_of(tile.batch, token));
+          exists[i] = ballot(token >= p.tokens || p.is_token(tile.batch, token));
         }
         if (elect()) {
           mbarrier_wait(s.empty[at.stage], at.phase ^ 1);
@@ -520,7 +509,7 @@ struct MlaPrefillQueriesKernel : MlaPrefillBackwardShape<key_width> {
       for (int i = 0; i < key_width / 2; ++i) dq[i] = 0;
       int query = tile.query + group * block_rows;
       Queries queries(p, tile, query);
-      mbarrier_wait(s.q_full, phase);
+      mbarrier_wait(s.tile_full, phase);
       int block = load(s.blocks[0]), end = load(s.blocks[1]);
       for (; block < end; ++block, at.advance()) {
         mbarrier_wait(s.full[at.stage], at.phase);
@@ -547,9 +536,10 @@ struct MlaPrefillQueriesKernel : MlaPrefillBackwardShape<key_width> {
         wgmma_wait_group<0>(dq);
         release(s.empty[at.stage]);
       }
-      Shape::store_rows(p.dq, s.q, group, tile.head, query, tile.batch, dq, p.softmax_scale);
+      bool is_token[2] = {queries.first[0] < queries.last[0], queries.first[1] < queries.last[1]};
+      Shape::store_rows(p.dq, s.q, group, tile.head, query, tile.batch, is_token, dq, p.softmax_scale);
       if (lane_index() == 0) bulk_wait_group_read<0>();
-      release(s.q_empty);
+      release(s.tile_empty);
     }
     if (lane_index() == 0) bulk_wait_group<0>();
   }

@@ -5,6 +5,7 @@
 
 #include "cuda/mla_prefill/backward.h"
 #include "cuda/mla_prefill/forward.h"
+#include "cuda/softmax.h"
 
 namespace jaxkern::cuda {
 namespace {
@@ -70,7 +71,7 @@ Error backward(const MlaPrefillBackward& g, int query_rows, int key_rows, Stream
                                 .lse = {g.lse, all * g.heads},
                                 .delta = {g.delta, all * g.heads},
                                 .spans = {g.spans, 2 * all},
-                                .bounds = {g.bounds, all / 64 * 4},
+                                .bounds = {g.bounds, all / prefill_block_rows * 4},
                                 .tiles = head_tiles(g.batch, g.tokens, g.heads, prefill_tile_rows),
                                 .tokens = static_cast<int>(g.tokens),
                                 .padded = static_cast<int>(rows),
@@ -89,7 +90,6 @@ template <int key_width>
 Error backward(const MlaPrefillBackward& g, Stream stream) {
   using Keys = MlaPrefillKeysKernel<key_width>;
   using Queries = MlaPrefillQueriesKernel<key_width>;
-  static_assert(Keys::tile_rows == prefill_tile_rows);
   Error error = backward<Keys>(g, Keys::block_rows, Keys::tile_rows, stream);
   return error.empty() ? backward<Queries>(g, Keys::tile_rows, Keys::block_rows, stream) : error;
 }

@@ -16,7 +16,7 @@ struct MlaPrefill {
   const void* q;         // [batch, tokens, heads, key_width]
   const void* k;         // as q
   const void* v;         // [batch, tokens, heads, prefill_value_width]
-  const int32_t* first;  // [batch, tokens]; a token that sees no key is none itself: it may hold anything
+  const int32_t* first;  // [batch, tokens]; a token that sees no key is none, and nobody's key: it may hold anything
   const int32_t* last;   // [batch, tokens]
   void* out;             // as v
   float* lse;            // [batch, tokens, heads], natural logarithm
@@ -35,14 +35,14 @@ struct MlaPrefillBackward {
   const float* lse;       // [batch, heads, rows], logarithm to base 2
   const float* delta;     // [batch, heads, rows]: the sum of out d_out over columns, less the derivative of lse
   const int32_t* spans;   // [2, batch, rows]: first and last, 0 <= first < last <= tokens, or both 0
-  // [batch, rows / 64, 4], of 64 rows: least first and most last of those that see keys, most first and least last of
-  // all.
+  // [batch, rows / prefill_block_rows, 4], of as many rows: least first and most last of those that see keys, most
+  // first and least last of all below `tokens`.
   const int32_t* bounds;
   void *dq, *dk, *dv;  // as q, k, v
   float softmax_scale;
   int64_t batch, tokens, heads, key_width;
 };
-constexpr int prefill_tile_rows = 128;
+constexpr int prefill_tile_rows = 128, prefill_block_rows = 64;
 
 Error mla_prefill_backward(const MlaPrefillBackward& prefill, Stream stream);
 

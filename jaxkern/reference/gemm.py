@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jaxkern.reference.groups import groups_of
 from jaxkern.reference.quantize import expand_blocks
 
+SHORT = 512  # of k
+
 
 def gemm(a, a_scales, b, b_scales, accumulator, *, a_block, b_block, transpose_a, transpose_b, accumulate, out_dtype):
     """a [batch, m, k], b [batch or 1, n, k], or each stored the other way round -> [batch, m, n]."""
@@ -16,7 +18,8 @@ def gemm(a, a_scales, b, b_scales, accumulator, *, a_block, b_block, transpose_a
     b = b.swapaxes(1, 2) if transpose_b else b
     b = jnp.broadcast_to(b, (a.shape[0], *b.shape[1:]))
     out = jnp.einsum("bmk,bnk->bmn", a, b, precision="highest", preferred_element_type=jnp.float32)
-    out = jax.lax.optimization_barrier(out) if halves else out  # or XLA may add parts of a sum in bfloat16
+    # Or XLA may add parts of a sum in bfloat16; a short one it does not split, and rounds it where it multiplies.
+    out = jax.lax.optimization_barrier(out) if halves and a.shape[2] > SHORT else out
     if accumulate:
         out += accumulator.astype(jnp.float32)
     return (out.astype(out_dtype),)

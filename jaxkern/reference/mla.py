@@ -79,7 +79,8 @@ def mla_prefill(q, k, v, first, last, *, softmax_scale):
     queries, keys, values = (_heads_first(x, first, last) for x in (q, k, v))
     if _one_block(t):
         p, lse = softmax(_masked_logits(queries, keys, _mask(0, t, first, last), softmax_scale))
-        return _tokens_first(_einsum("bhqk,bhkd->bhqd", p, values)).astype(q.dtype), _tokens_first(lse)
+        out = _einsum("bhqk,bhkd->bhqd", p, values).astype(q.dtype)
+        return _no_others(_tokens_first(out), first, last), _tokens_first(lse)
 
     (queries, keys, values), spans = _blocks(queries, keys, values), _span_blocks(first, last)
 
@@ -101,7 +102,7 @@ def mla_prefill(q, k, v, first, last, *, softmax_scale):
         return None, (out.astype(q.dtype), no_minus_inf(largest) + jnp.log(total))
 
     _, (out, lse) = jax.lax.scan(query_block, None, jnp.arange(len(queries)))
-    return _tokens_first(_unblock(out, t)), _tokens_first(_unblock(lse, t))
+    return _no_others(_tokens_first(_unblock(out, t)), first, last), _tokens_first(_unblock(lse, t))
 
 
 def mla_prefill_backward(q, k, v, out, lse, d_out, d_lse, first, last, *, softmax_scale):
@@ -119,7 +120,7 @@ def mla_prefill_backward(q, k, v, out, lse, d_out, d_lse, first, last, *, softma
         return dq, _einsum("bhqk,bhqd->bhkd", d_logits, q), _einsum("bhqk,bhqd->bhkd", p, d_out)
 
     if _one_block(t):
-        return tuple(_tokens_first(d) for d in gradients(*arrays, _mask(0, t, first, last)))
+        return tuple(_no_others(_tokens_first(d), first, last) for d in gradients(*arrays, _mask(0, t, first, last)))
 
     (queries, keys, values, lses, d_outs, deltas), spans = _blocks(*arrays), _span_blocks(first, last)
 
@@ -136,7 +137,7 @@ def mla_prefill_backward(q, k, v, out, lse, d_out, d_lse, first, last, *, softma
 
     state = tuple(jnp.zeros_like(x) for x in (keys, values))
     (dk, dv), dq = jax.lax.scan(query_block, state, jnp.arange(len(queries)))
-    return tuple(_tokens_first(_unblock(d, t)) for d in (dq, dk, dv))
+    return tuple(_no_others(_tokens_first(_unblock(d, t)), first, last) for d in (dq, dk, dv))
 
 
 def _one_block(t) -> bool:
@@ -145,8 +146,12 @@ def _one_block(t) -> bool:
 
 def _heads_first(x, first, last):
     """[b, t, h, ...] -> float32 [b, h, t, ...], zero where a token sees nothing."""
-    sees = (first < last).reshape(*first.shape, *[1] * (x.ndim - 2))
-    return jnp.swapaxes(jnp.where(sees, x, 0).astype(jnp.float32), 1, 2)
+    return jnp.swapaxes(_no_others(x, first, last).astype(jnp.float32), 1, 2)
+
+
+def _no_others(x, first, last):
+    """Zeros in place of what sees nothing; in results too: 0 * NaN of a token is NaN."""
+    return jnp.where((first < last).reshape(*first.shape, *[1] * (x.ndim - 2)), x, 0)
 
 
 def _tokens_first(x):
