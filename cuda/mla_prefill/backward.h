@@ -193,28 +193,19 @@ struct MlaPrefillKeysKernel : MlaPrefillBackwardShape<key_width> {
 
   DEVICE static void run(const Params& p, Smem& s) { Shape::template run<MlaPrefillKeysKernel>(p, s); }
 
-  // With causal spans the first keys are seen by most queries: their tiles come first.
-  struct Walk : HeadWalk {
-    int key;  // the tile's first
-
-    DEVICE bool next(const Params& p) {
-      bool any = HeadWalk::next(p.tiles);
-      key = (p.tiles.tiles - 1 - tile) * tile_rows;
-      return any;
-    }
-  };
+  using Walk = HeadWalk<tile_rows, true>;
 
   // By all lanes of a warp, which look at blocks of queries together.
   DEVICE static void produce(const Params& p, Smem& s) {
     Walk tile;
     At at;
     int blocks = p.padded / block_rows;
-    for (uint32_t phase = 0; tile.next(p); phase ^= 1) {
+    for (uint32_t phase = 0; tile.next(p.tiles); phase ^= 1) {
       if (elect()) {
         mbarrier_wait(s.tile_empty, phase ^ 1);
         mbarrier_arrive_expect_tx(s.tile_full, sizeof(s.keys) + sizeof(s.values));
-        Shape::copy(s.keys, p.k, tile.head, tile.key, tile.batch, s.tile_full);
-        Shape::copy(s.values, p.v, tile.head, tile.key, tile.batch, s.tile_full);
+        Shape::copy(s.keys, p.k, tile.head, tile.token, tile.batch, s.tile_full);
+        Shape::copy(s.values, p.v, tile.head, tile.token, tile.batch, s.tile_full);
       }
       syncwarp();
       for (int base = 0; base < blocks; base += warp_size) {
@@ -222,9 +213,9 @@ struct MlaPrefillKeysKernel : MlaPrefillBackwardShape<key_width> {
         Pack<int32_t, 4> bounds = {0, 0, 0, 0};
         if (block < blocks)
           bounds = load_global<Pack<int32_t, 4>>(p.bounds, (int64_t(tile.batch) * blocks + block) * 4);
-        uint32_t sees = ballot(bounds.item[0] < tile.key + tile_rows && tile.key < bounds.item[1]);
-        uint32_t all = ballot(bounds.item[2] <= tile.key && tile.key + tile_rows <= bounds.item[3] &&
-                              (block + 1) * block_rows <= p.tokens);
+        uint32_t sees = ballot(bounds.item[0] < tile.token + tile_rows && tile.token < bounds.item[1]);
+        // Or does not exist: its row is zeros, which add nothing.
+        uint32_t all = ballot(bounds.item[2] <= tile.token && tile.token + tile_rows <= bounds.item[3]);
         uint32_t unclean = ballot(bounds.item[3] == 0);
         for (; sees != 0; sees &= sees - 1, at.advance()) {
           int i = lowest_bit(sees);
@@ -265,14 +256,14 @@ struct MlaPrefillKeysKernel : MlaPrefillBackwardShape<key_width> {
   DEVICE static void attend(const Params& p, Smem& s, int group) {
     Walk tile;
     At at;
-    for (uint32_t phase = 0; tile.next(p); phase ^= 1) {
+    for (uint32_t phase = 0; tile.next(p.tiles); phase ^= 1) {
       float dk[key_width / 2], dv[value_width / 2];
 #pragma unroll
       for (int i = 0; i < key_width / 2; ++i) dk[i] = 0;
 #pragma unroll
       for (int i = 0; i < value_width / 2; ++i) dv[i] = 0;
       mbarrier_wait(s.tile_full, phase);
-      int key = tile.key + group * block_rows;
+      int key = tile.token + group * block_rows;
       for (;; at.advance()) {
         mbarrier_wait(s.full[at.stage], at.phase);
         int state = load(s.state[at.stage]);
@@ -428,25 +419,17 @@ struct MlaPrefillQueriesKernel : MlaPrefillBackwardShape<key_width> {
 
   DEVICE static void run(const Params& p, Smem& s) { Shape::template run<MlaPrefillQueriesKernel>(p, s); }
 
-  struct Walk : HeadWalk {
-    int query;  // the tile's first
-
-    DEVICE bool next(const Params& p) {
-      bool any = HeadWalk::next(p.tiles);
-      query = tile * tile_rows;
-      return any;
-    }
-  };
+  using Walk = HeadWalk<tile_rows>;
 
   // By all lanes of a warp, which look at keys together.
   DEVICE static void produce(const Params& p, Smem& s) {
     Walk tile;
     At at;
-    for (uint32_t phase = 0; tile.next(p); phase ^= 1) {
+    for (uint32_t phase = 0; tile.next(p.tiles); phase ^= 1) {
       int begin = p.tokens, end = 0;
 #pragma unroll
       for (int i = 0; i < tile_rows / block_rows; ++i) {
-        int64_t block = int64_t(tile.batch) * (p.padded / block_rows) + tile.query / block_rows + i;
+        int64_t block = int64_t(tile.batch) * (p.padded / block_rows) + tile.token / block_rows + i;
         auto bounds = load_global<Pack<int32_t, 2>>(p.bounds, block * 4);
         begin = bounds.item[0] < begin ? bounds.item[0] : begin;
         end = bounds.item[1] > end ? bounds.item[1] : end;
@@ -458,8 +441,8 @@ struct MlaPrefillQueriesKernel : MlaPrefillBackwardShape<key_width> {
         store(s.blocks[0], begin);
         store(s.blocks[1], end);
         mbarrier_arrive_expect_tx(s.tile_full, sizeof(s.q) + sizeof(s.d_out));
-        Shape::copy(s.q, p.q, tile.head, tile.query, tile.batch, s.tile_full);
-        Shape::copy(s.d_out, p.d_out, tile.head, tile.query, tile.batch, s.tile_full);
+        Shape::copy(s.q, p.q, tile.head, tile.token, tile.batch, s.tile_full);
+        Shape::copy(s.d_out, p.d_out, tile.head, tile.token, tile.batch, s.tile_full);
       }
       syncwarp();
       for (int block = begin; block < end; ++block, at.advance()) {
@@ -503,11 +486,11 @@ struct MlaPrefillQueriesKernel : MlaPrefillBackwardShape<key_width> {
   DEVICE static void attend(const Params& p, Smem& s, int group) {
     Walk tile;
     At at;
-    for (uint32_t phase = 0; tile.next(p); phase ^= 1) {
+    for (uint32_t phase = 0; tile.next(p.tiles); phase ^= 1) {
       float dq[key_width / 2];
 #pragma unroll
       for (int i = 0; i < key_width / 2; ++i) dq[i] = 0;
-      int query = tile.query + group * block_rows;
+      int query = tile.token + group * block_rows;
       Queries queries(p, tile, query);
       mbarrier_wait(s.tile_full, phase);
       int block = load(s.blocks[0]), end = load(s.blocks[1]);

@@ -77,15 +77,7 @@ struct MlaPrefillKernel {
 
   // ---- work ----
 
-  struct Walk : HeadWalk {
-    int query;  // the tile's first
-
-    DEVICE bool next(const Params& p) {
-      bool any = HeadWalk::next(p.tiles);
-      query = tile * query_rows;
-      return any;
-    }
-  };
+  using Walk = HeadWalk<query_rows>;
 
   // The keys that a token sees; none if it is beyond the sequence.
   struct Span {
@@ -108,12 +100,12 @@ struct MlaPrefillKernel {
   DEVICE static void produce(const Params& p, Smem& s) {
     Walk tile;
     At at;
-    for (uint32_t q_phase = 0; tile.next(p); q_phase ^= 1) {
+    for (uint32_t q_phase = 0; tile.next(p.tiles); q_phase ^= 1) {
       int lane = lane_index(), begin = p.tokens, end = 0;
       int first[query_rows / warp_size], last[query_rows / warp_size];
 #pragma unroll
       for (int i = 0; i < query_rows / warp_size; ++i) {
-        Span span(p, tile.batch, tile.query + i * warp_size + lane);
+        Span span(p, tile.batch, tile.token + i * warp_size + lane);
         first[i] = span.first;
         last[i] = span.last;
         if (!span.any()) continue;
@@ -136,7 +128,7 @@ struct MlaPrefillKernel {
       if (elect()) {
         store(s.blocks[0], begin);
         store(s.blocks[1], end);
-        copy(s.q, p.q, tile.head * key_width, tile.query, tile.batch, s.q_full);
+        copy(s.q, p.q, tile.head * key_width, tile.token, tile.batch, s.q_full);
       }
       mbarrier_arrive(s.q_full);
       for (int block = begin; block < end; ++block, at.advance()) {
@@ -173,7 +165,7 @@ struct MlaPrefillKernel {
     Walk tile;
     At keys, values;
     if (group == 1) bar_arrive(turn, math_threads);  // the first turn is the other's
-    for (uint32_t q_phase = 0; tile.next(p); q_phase ^= 1) {
+    for (uint32_t q_phase = 0; tile.next(p.tiles); q_phase ^= 1) {
       float result[value_width / 2];
 #pragma unroll
       for (int i = 0; i < value_width / 2; ++i) result[i] = 0;
@@ -305,7 +297,7 @@ struct MlaPrefillKernel {
     for (int j = 0; j < 2; ++j) {
       float sum = sum_of_quad(rows.total[j]);
       inverse[j] = sum == 0 ? 0 : rcp(sum);
-      int token = tile.query + group * 64 + fragment_row(2 * j);
+      int token = tile.token + group * 64 + fragment_row(2 * j);
       if (lane_index() % 4 == 0 && token < p.tokens)
         store_global(p.lse, (int64_t(tile.batch) * p.tokens + token) * p.tiles.heads + tile.head,
                      rows.log2_sum(j, sum) * ln2);
@@ -332,7 +324,7 @@ struct MlaPrefillKernel {
       syncwarp();
       if (lane == 0) {
         cp_async_bulk_tensor_store<3>(
-            p.out, {tile.head * value_width + half * 64, tile.query + group * 64 + first, tile.batch}, own);
+            p.out, {tile.head * value_width + half * 64, tile.token + group * 64 + first, tile.batch}, own);
         bulk_commit_group();
       }
     }
