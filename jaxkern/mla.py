@@ -365,8 +365,8 @@ def _hopper_backward_operands(q, k, v, out, lse, d_out, d_lse, first, last, **_)
     delta = jax.lax.optimization_barrier((d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(axis=-1)) - d_lse
     first, last = jnp.maximum(first, 0), jnp.minimum(last, t)
     sees = first < last
-    lse = jnp.where(lse == -jnp.inf, 0, lse * math.log2(math.e))
-    rows = jnp.swapaxes(lse, 1, 2), jnp.swapaxes(delta, 1, 2), jnp.where(sees, jnp.stack([first, last]), 0)
+    lse, delta = (jnp.swapaxes(x, 1, 2) for x in (lse * math.log2(math.e), delta))
+    rows = lse, delta, jnp.where(sees, jnp.stack([first, last]), 0)
     lse, delta, spans = (jnp.pad(x, [(0, 0), (0, 0), (0, -t % TILE)]) for x in rows)
     first, last = spans.reshape(2, b, spans.shape[2] // BLOCK, BLOCK)
     most = jnp.iinfo(jnp.int32).max
