@@ -19,7 +19,8 @@ def gemm(a, a_scales, b, b_scales, accumulator, *, a_block, b_block, transpose_a
     b = jnp.broadcast_to(b, (a.shape[0], *b.shape[1:]))
     out = jnp.einsum("bmk,bnk->bmn", a, b, precision="highest", preferred_element_type=jnp.float32)
     # Or XLA may add parts of a sum in bfloat16; a short one it does not split, and rounds it where it multiplies.
-    out = jax.lax.optimization_barrier(out) if halves and a.shape[2] > SHORT else out
+    short = isinstance(a.shape[2], int) and a.shape[2] <= SHORT  # a symbolic one cannot be compared
+    out = jax.lax.optimization_barrier(out) if halves and not short else out
     if accumulate:
         out += accumulator.astype(jnp.float32)
     return (out.astype(out_dtype),)
