@@ -317,7 +317,7 @@ def _call_hopper(op: Op, implementation: str, results, *arrays, **params):
     )
     attributes = {name: _attribute(params[name]) for name in op.hopper.attributes}
     given = call(*op.hopper.operands(*arrays, **params), **attributes)
-    return [x.astype(r.dtype) for x, r in zip(given, results, strict=False)]
+    return [x.astype(r.dtype) for x, r in zip(given[: len(results)], results, strict=True)]
 
 
 def _like(aval, shape: Sequence[int], dtype):

@@ -355,7 +355,7 @@ def _hopper_refuses_prefill_backward(q, k, v, *_, **__):
     return _hopper_refuses_prefill(q, k, v)
 
 
-TILE, BLOCK = 128, 64  # rows: prefill_tile_rows, prefill_block_rows
+PREFILL_TILE, PREFILL_BLOCK = 128, 64  # rows
 
 
 def _hopper_backward_operands(q, k, v, out, lse, d_out, d_lse, first, last, **_):
@@ -367,10 +367,10 @@ def _hopper_backward_operands(q, k, v, out, lse, d_out, d_lse, first, last, **_)
     sees = first < last
     lse, delta = (jnp.swapaxes(x, 1, 2) for x in (lse * math.log2(math.e), delta))
     rows = lse, delta, jnp.where(sees, jnp.stack([first, last]), 0)
-    lse, delta, spans = (jnp.pad(x, [(0, 0), (0, 0), (0, -t % TILE)]) for x in rows)
-    first, last = spans.reshape(2, b, spans.shape[2] // BLOCK, BLOCK)
+    lse, delta, spans = (jnp.pad(x, [(0, 0), (0, 0), (0, -t % PREFILL_TILE)]) for x in rows)
+    first, last = spans.reshape(2, b, spans.shape[2] // PREFILL_BLOCK, PREFILL_BLOCK)
     most = jnp.iinfo(jnp.int32).max
-    exists = jnp.arange(spans.shape[2]).reshape(-1, BLOCK) < t
+    exists = jnp.arange(spans.shape[2]).reshape(-1, PREFILL_BLOCK) < t
     bounds = (
         jnp.where(first < last, first, most).min(axis=-1),
         last.max(axis=-1),

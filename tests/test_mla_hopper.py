@@ -413,7 +413,7 @@ def check_gradients(arrays, cotangents, got, sees, dk):
         assert g.dtype == BF16
         assert (np.abs(g.astype(np.float64) - e) <= 2.0**-8 * (magnitude + np.abs(e)) + 1e-6).all()
         if (e != 0).any():
-            flash_mla_accepts(g, e, np.inf, 0, 3e-5)
+            flash_mla_accepts(g, e, np.inf, 0, 2e-5)
 
 
 @pytest.mark.parametrize("tokens,heads,dk,causal", PREFILLS, ids=str)
@@ -481,26 +481,22 @@ def test_prefill_gradients_of_more_tiles_than_multiprocessors():
 
 
 def test_prefill_gradients_of_any_spans():
-    """Beyond both ends, empty ones, and queries that see keys after them."""
+    """Beyond both ends, and with keys after the query; six tokens that see nothing and that nobody sees."""
     t = 200
     q, k, v = sequences(5, 1, t, 2, 128, 128, BF16)
-    rng = np.random.default_rng(5)
+    rng, token = np.random.default_rng(5), np.arange(t)
     first, last = rng.integers(-50, 150, (1, t)), rng.integers(100, 300, (1, t))
-    first, last = np.minimum(first, np.arange(t)), np.maximum(last, np.arange(t) + 1)  # each sees itself
+    first, last = np.minimum(first, token), np.maximum(last, token + 1)  # each sees itself
+    first, last = np.where(token < 66, first, np.maximum(first, 66)), np.where(token < 66, np.minimum(last, 60), last)
     first[:, 60:66] = last[:, 60:66] = 65
-    token, spans = np.arange(t), [x.astype(np.int32) for x in (first, last)]
-    none = (first >= last)[..., None]
-    sees = (first[..., None] <= token) & (token < last[..., None]) & ~none & ~none.swapaxes(1, 2)
+    sees = (first[..., None] <= token) & (token < last[..., None])
     d = cotangents(q, v)
-    out, lse, *_ = prefill_by_hand(q, k, v, sees, 0.1, *d)
-    # No key may be what is no token: it is moved to where the queries' spans do not reach.
-    spans[0] = np.where((spans[0] < 66) & (spans[1] > 60) & ~none[..., 0], 66, spans[0]).astype(np.int32)
-    sees = (spans[0][..., None] <= token) & (token < spans[1][..., None]) & ~none
     out, lse, *expected = prefill_by_hand(q, k, v, sees, 0.1, *d)
+    spans = first.astype(np.int32), last.astype(np.int32)
     arrays = (q, k, v, out.astype(BF16), lse.astype(np.float32), *d, *spans)
     got = _ffi.call(MLA_PREFILL_BACKWARD, *arrays, implementation=HOPPER_IMPLEMENTATION, softmax_scale=0.1)
     for g, e in zip(got, expected, strict=True):
-        flash_mla_accepts(g, e, 1e-2 * np.abs(e).max(), 1 / 64, 3e-5)
+        flash_mla_accepts(g, e, 1e-2 * np.abs(e).max(), 1 / 64, 2e-5)
 
 
 @pytest.mark.parametrize("scale", [-0.1, 0.0])
@@ -510,7 +506,7 @@ def test_prefill_gradients_of_any_scale(scale):
     expected = prefill_by_hand(*arrays, np.tri(70, dtype=bool)[None], scale, *d)[2:]
     call = functools.partial(mla_prefill, softmax_scale=scale, implementation=HOPPER_IMPLEMENTATION)
     for got, e in zip(jax.vjp(call, *arrays)[1](tuple(map(jnp.asarray, d))), expected, strict=True):
-        flash_mla_accepts(got, e, 1e-2 * np.abs(e).max(), 1 / 64, 3e-5)
+        flash_mla_accepts(got, e, 1e-2 * np.abs(e).max(), 1 / 64, 2e-5)
 
 
 def test_prefill_gradients_of_a_nan():

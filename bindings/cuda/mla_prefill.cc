@@ -7,19 +7,30 @@ namespace {
 
 using enum ffi::DataType;
 
+struct Heads {
+  int64_t batch, tokens, heads, key_width;
+};
+
+// What both handlers ask of q, k and v.
+Heads check_heads(Check& check, const Buffer& q, const Buffer& k, const Buffer& v) {
+  check.rank("q", q, 4);
+  if (check.failed()) return {};
+  Heads h = {q.dimensions()[0], q.dimensions()[1], q.dimensions()[2], q.dimensions()[3]};
+  check.dtype("q", q, {BF16, F16});
+  check.that(h.key_width == 128 || h.key_width == 192, "the last size of q must be 128 or 192");
+  check.shape("k", k, {h.batch, h.tokens, h.heads, h.key_width});
+  check.dtype("k", k, {q.element_type()});
+  check.shape("v", v, {h.batch, h.tokens, h.heads, cuda::prefill_value_width});
+  check.dtype("v", v, {q.element_type()});
+  return h;
+}
+
 ffi::Error mla_prefill(cuda::Stream stream, Buffer q, Buffer k, Buffer v, Buffer first, Buffer last, Result out,
                        Result lse, float softmax_scale) {
   Check check("mla_prefill");
-  check.rank("q", q, 4);
+  auto [batch, tokens, heads, width] = check_heads(check, q, k, v);
   if (check.failed()) return check.error();
-  int64_t batch = q.dimensions()[0], tokens = q.dimensions()[1], heads = q.dimensions()[2], width = q.dimensions()[3];
 
-  check.dtype("q", q, {BF16, F16});
-  check.that(width == 128 || width == 192, "the last size of q must be 128 or 192");
-  check.shape("k", k, {batch, tokens, heads, width});
-  check.dtype("k", k, {q.element_type()});
-  check.shape("v", v, {batch, tokens, heads, cuda::prefill_value_width});
-  check.dtype("v", v, {q.element_type()});
   check.shape("first", first, {batch, tokens});
   check.dtype("first", first, {S32});
   check.shape("last", last, {batch, tokens});
@@ -54,18 +65,12 @@ ffi::Error mla_prefill_backward(cuda::Stream stream, Buffer q, Buffer k, Buffer 
                                 Buffer delta, Buffer spans, Buffer bounds, Result dq, Result dk, Result dv,
                                 float softmax_scale) {
   Check check("mla_prefill_backward");
-  check.rank("q", q, 4);
+  auto [batch, tokens, heads, width] = check_heads(check, q, k, v);
   if (check.failed()) return check.error();
-  int64_t batch = q.dimensions()[0], tokens = q.dimensions()[1], heads = q.dimensions()[2], width = q.dimensions()[3];
   int64_t tiles = (tokens + cuda::prefill_tile_rows - 1) / cuda::prefill_tile_rows;
   int64_t rows = tiles * cuda::prefill_tile_rows;
 
   check.dtype("q", q, {BF16});
-  check.that(width == 128 || width == 192, "the last size of q must be 128 or 192");
-  check.shape("k", k, {batch, tokens, heads, width});
-  check.dtype("k", k, {BF16});
-  check.shape("v", v, {batch, tokens, heads, cuda::prefill_value_width});
-  check.dtype("v", v, {BF16});
   check.shape("d_out", d_out, {batch, tokens, heads, cuda::prefill_value_width});
   check.dtype("d_out", d_out, {BF16});
   check.shape("lse", lse, {batch, heads, rows});

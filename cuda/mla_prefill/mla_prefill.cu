@@ -1,4 +1,4 @@
-// The launch of MLA prefill.
+// The launches of MLA prefill and of its gradients.
 #include "cuda/mla_prefill/mla_prefill.h"
 
 #include <algorithm>

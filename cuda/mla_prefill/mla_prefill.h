@@ -1,5 +1,5 @@
-// Attention of sequences to themselves on Hopper, with keys and values of their own for each head. No CUDA header is
-// needed to include it.
+// Attention of sequences to themselves on Hopper, with keys and values of their own for each head, and its gradients.
+// No CUDA header is needed to include it.
 #pragma once
 
 #include <cstdint>
