@@ -485,7 +485,7 @@ def test_prefill_gradients_of_any_spans():
     t = 200
     q, k, v = sequences(5, 1, t, 2, 128, 128, BF16)
     rng, token = np.random.default_rng(5), np.arange(t)
-    first, last = rng.integers(-50, 150, (1, t)), rng.integers(100, 300, (1, t))
+    first, last = rng.integers(-250, 150, (1, t)), rng.integers(100, 400, (1, t))
     first, last = np.minimum(first, token), np.maximum(last, token + 1)  # each sees itself
     first, last = np.where(token < 66, first, np.maximum(first, 66)), np.where(token < 66, np.minimum(last, 60), last)
     first[:, 60:66] = last[:, 60:66] = 65
